@@ -22,7 +22,7 @@ from vaflow.extract.encoding import Encoders, FixedBatcher
 from vaflow.extract.faces.alignment import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.plan import PendingClip
-from vaflow.items import person_item
+from vaflow.item_names import person_item
 from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)

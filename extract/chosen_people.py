@@ -31,7 +31,8 @@ from vaflow.extract.decoding_pool import StoredPerson
 from vaflow.extract.faces.people import ALL, ID, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, count_people, speech_at
 from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary
 from vaflow.extract.streams import NewStreams
-from vaflow.items import FAILURES, Failure, FailureLog, person_item, write_failures
+from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
+from vaflow.item_names import person_item
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from vaflow.extract.sources import open_stills
 from vaflow.extract.streams import stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
-from vaflow.items import clip_and_person
+from vaflow.item_names import clip_and_person
 from vaflow.process import beat
 
 if TYPE_CHECKING:

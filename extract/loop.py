@@ -33,7 +33,8 @@ from vaflow.extract.plan import Extracted, Outcome, PendingClip
 from vaflow.extract.streams import NewStreams, provenance, source_of
 from vaflow.extract.video import check_parity
 from vaflow.extract.worker import run_job
-from vaflow.items import Failure, person_item
+from vaflow.failures import Failure
+from vaflow.item_names import person_item
 
 PENDING_COMMITS = 4
 WAITING = "waiting for decoders"

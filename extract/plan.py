@@ -26,7 +26,8 @@ from vaflow.extract.headers import lengths
 from vaflow.extract.sources import IMAGES_DIGEST, SourceComparison, file_status, images_digest, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
-from vaflow.items import LISTS, Failure, FailureLog, clip_and_person, person_item, read_failures
+from vaflow.failures import LISTS, Failure, FailureLog, read_failures
+from vaflow.item_names import clip_and_person, person_item
 from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)

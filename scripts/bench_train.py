@@ -49,7 +49,7 @@ from vaflow.train.data import load_split
 from vaflow.train.heads import temporal
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import make_optimizer, seeded, train_step
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 from vaflow.train.windows import WindowSet
 
 GRID, STEPS, FPS = Grid(), 20, 30

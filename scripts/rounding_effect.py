@@ -104,7 +104,7 @@ def predictions(run: Path, cache: Path) -> tuple[np.ndarray, float]:
     from vaflow.cache import open_cache
     from vaflow.train.data import load_split
     from vaflow.train.evaluate import score
-    from vaflow.train.runs import load_run
+    from vaflow.train.run_folder import load_run
     from vaflow.train.traces import predict_clips
 
     trained_run = load_run(run)

@@ -31,7 +31,7 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
 from vaflow.extract.pipeline import extract
 from vaflow.train.ablate.pool import Outcome, run_all
-from vaflow.train.ablate.schedule import Options, ScheduledRun, make_schedule
+from vaflow.train.ablate.tables import Options, ScheduledRun, make_schedule
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 

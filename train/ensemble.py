@@ -29,9 +29,9 @@ from vaflow.timeline import Floats
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import check_complete, failed_items, score, score_traces
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import Maker, prediction_folders, read_sources, write_evaluation
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
+from vaflow.train.prediction_sources import Maker, prediction_folders, read_sources, write_evaluation
+from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
+from vaflow.train.run_record import RunRecord
 from vaflow.train.session import warn_of_demonstration
 from vaflow.train.traces import Trace
 from vaflow.train.training import read_for

@@ -10,7 +10,7 @@ from torch import nn
 
 from vaflow.cache import Cache
 from vaflow.errors import DataError, count, examples, explain
-from vaflow.items import read_failures
+from vaflow.failures import read_failures
 from vaflow.timeline import Bools, Floats
 from vaflow.train import metrics
 from vaflow.train.batch import extra_scores

@@ -33,8 +33,8 @@ from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.heads import VAModel
 from vaflow.train.metrics import DIMENSIONS, SCORES
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, require_record
+from vaflow.train.run_folder import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, require_record
+from vaflow.train.run_record import RunRecord
 from vaflow.train.smoothing import FILE as SMOOTHING
 from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 

@@ -8,8 +8,8 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from vaflow.errors import CorruptError, WeightsError, explain
 from vaflow.train.heads import VAModel
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import model_options
+from vaflow.train.run_folder import model_options
+from vaflow.train.run_record import RunRecord
 
 MAX_WIDTH = 2**16  # maximum width of a prototype; larger values are not text embeddings
 

@@ -26,11 +26,8 @@ from vaflow.train.ablate.pool import Pool
 from vaflow.train.config import TrainConfig, merge, to_toml
 from vaflow.train.groups import make_folds, split_items
 from vaflow.train.inputs import resolve
-from vaflow.train.runs import RunFolder
-from vaflow.train.stacked_epochs import FAILURES
-from vaflow.train.together import one_thread
-from vaflow.train.training import evaluate_run
-from vaflow.train.trials import (
+from vaflow.train.run_folder import RunFolder
+from vaflow.train.search_trials import (
     DONE,
     FAILED,
     STOPPED,
@@ -45,6 +42,9 @@ from vaflow.train.trials import (
     rungs,
     trials_csv,
 )
+from vaflow.train.stacked_epochs import FAILURES
+from vaflow.train.together import one_thread
+from vaflow.train.training import evaluate_run
 
 LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
 WIDTH, HEIGHT = 860, 260  # pixels of the plot

@@ -31,9 +31,9 @@ from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, seeded
 from vaflow.train.metrics import DIMENSIONS, SCORES, region_occupancy
-from vaflow.train.provenance import Maker, write_evaluation
-from vaflow.train.record import RunRecord, is_utf8
-from vaflow.train.runs import RunFolder, build_model, load_run, require_record
+from vaflow.train.prediction_sources import Maker, write_evaluation
+from vaflow.train.run_folder import RunFolder, build_model, load_run, require_record
+from vaflow.train.run_record import RunRecord, is_utf8
 from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 

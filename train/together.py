@@ -24,7 +24,7 @@ from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import make_optimizer, train_step
 from vaflow.train.metrics import SCORES
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 from vaflow.train.session import Data, LoadedSplits, Session, new_model, reproducible
 from vaflow.train.stacked_epochs import FAILURES, Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels

@@ -14,16 +14,17 @@ from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
 from vaflow.errors import CacheError, UsageError, count, examples, explain
+from vaflow.failures import read_failures
 from vaflow.files import lock_folder, write_file
-from vaflow.items import read_failures
 from vaflow.train.config import AUTO, NONE, TrainConfig
 from vaflow.train.data import check_has_clips, load_split
 from vaflow.train.evaluate import check_complete, failed_items, featureless, score_traces
 from vaflow.train.groups import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, resolve
 from vaflow.train.loop import fit
-from vaflow.train.provenance import Maker, write_evaluation
-from vaflow.train.record import (
+from vaflow.train.prediction_sources import Maker, write_evaluation
+from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
+from vaflow.train.run_record import (
     ClipDigest,
     RunRecord,
     cache_places,
@@ -35,7 +36,6 @@ from vaflow.train.record import (
     shared_recordings,
     to_json,
 )
-from vaflow.train.runs import RunFolder, load_run, require_record, width_of
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
 from vaflow.train.traces import Trace

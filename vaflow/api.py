@@ -127,7 +127,7 @@ class Run:
         Raises:
             UsageError: the run, cache or split does not exist, or the split has no labels.
         """
-        from vaflow.train.runs import cache_of
+        from vaflow.train.run_folder import cache_of
         from vaflow.train.training import evaluate_run
 
         opened = open_cache(cache if cache is not None else cache_of(self.path))
@@ -142,7 +142,7 @@ def load(run: PathLike) -> Run:
         WeightsError: the hub cannot be reached, or has no such model.
     """
     from vaflow.train.ensemble import members_of
-    from vaflow.train.runs import RunFolder, local_run, require_record
+    from vaflow.train.run_folder import RunFolder, local_run, require_record
 
     run = local_run(run)
     members, _ = members_of(run)

@@ -30,8 +30,9 @@ from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.identity import AUTO, network_setting
 from vaflow.extract.faces.people import ALL, LARGEST, MAIN
 from vaflow.extract.pipeline import extract
+from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file
-from vaflow.items import FAILURES, Failure, FailureLog, clip_and_person, person_item
+from vaflow.item_names import clip_and_person, person_item
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train import plots
 from vaflow.train.batch import VISUAL
@@ -42,8 +43,8 @@ from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import read_sources, write_sources
-from vaflow.train.runs import Run, RunFolder, load_run, local_run
+from vaflow.train.prediction_sources import read_sources, write_sources
+from vaflow.train.run_folder import Run, RunFolder, load_run, local_run
 from vaflow.train.session import warn_of_demonstration
 from vaflow.train.traces import Trace, prediction_csv
 from vaflow.train.training import read_for

@@ -18,7 +18,7 @@ from vaflow.extract.sources import PARTS, part_of, same_part
 from vaflow.train.ensemble import maker_of, members_of
 from vaflow.train.inputs import InputStream
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.provenance import (
+from vaflow.train.prediction_sources import (
     ItemSources,
     Maker,
     PredictionSources,
@@ -27,8 +27,8 @@ from vaflow.train.provenance import (
     prediction_folders,
     read_sources,
 )
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import RunFolder, cache_of
+from vaflow.train.run_folder import RunFolder, cache_of
+from vaflow.train.run_record import RunRecord
 
 Json = dict[str, Any]
 

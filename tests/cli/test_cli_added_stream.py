@@ -8,7 +8,7 @@ import pytest
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
-from vaflow.train.ablate.schedule import add_command
+from vaflow.train.ablate.tables import add_command
 
 OTHER_THAN_THE_DEFAULTS = ["--dtype", "float32", "--faces", "none", "--window", "4", "--frames", "8"]
 OTHER_THAN_THE_DEFAULTS += ["--precision", "bfloat16"]

@@ -7,7 +7,7 @@ from lab import Lab
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import open_cache
-from vaflow.train.runs import load_run
+from vaflow.train.run_folder import load_run
 
 NAME = "caf\udce9"  # the byte E9 alone, as in Latin-1: Python reads it as a surrogate
 

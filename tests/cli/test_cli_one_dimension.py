@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaflow.cli import main
-from vaflow.train.runs import require_record
+from vaflow.train.run_folder import require_record
 
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]

@@ -64,7 +64,7 @@ def test_settings_combine_presets_files_and_options(cache: Cache, tmp_path: Path
     options = ["--preset", "p2", "--config", str(file), "--sigma", "0.5", *SMALL, "--epochs", "1", "--kl-weight", "0"]
     out = tmp_path / "run"
     assert main(["train", str(cache.path), "--out", str(out), *options, "--set", "lr=1e-2", "-q"]) == 0
-    from vaflow.train.runs import require_record
+    from vaflow.train.run_folder import require_record
 
     config = require_record(out).config
     assert (config.temporal, config.fusion) == ("tcn", "attention-concat")  # from the preset

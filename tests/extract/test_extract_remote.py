@@ -12,13 +12,13 @@ import torch
 from affwild2_tree import Tree
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.storage import VARIABLE
+from vaflow.cache.remote import VARIABLE
 from vaflow.datasets import open_dataset
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import Summary
 from vaflow.train.config import TrainConfig
-from vaflow.train.runs import require_record
+from vaflow.train.run_folder import require_record
 from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=(), window=4.0, stride=2.0, frames=4, device="cpu", workers=1)
@@ -28,7 +28,7 @@ CONFIG = ExtractConfig(visual=("clip-tiny",), audio=(), window=4.0, stride=2.0, 
 def url(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A path on an object store, for machines with empty disks."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("vaflow.cache.storage.temporary_folder", lambda: tmp_path_factory.mktemp("machine"))
+    monkeypatch.setattr("vaflow.cache.remote.temporary_folder", lambda: tmp_path_factory.mktemp("machine"))
     yield f"memory://{token_hex(8)}/cache"
     fsspec.filesystem("memory").store.clear()
 

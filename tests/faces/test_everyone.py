@@ -20,7 +20,7 @@ from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import Summary, is_divided
-from vaflow.items import clip_and_person
+from vaflow.item_names import clip_and_person
 from vaflow.predict import items_of
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import create_cache, open_cache
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 from vaflow.viewer.run_results import read_history
 
 SMALL = ["--set", "hidden=16", "--lr", "3e-3", "--batch-size", "4", "--epochs", "4", "--device", "cpu"]

@@ -23,7 +23,7 @@ EXTRACTING = {  # stage -> function and the index of its call
     "encoding images": ("vaflow.encoders.clip.ClipEncoder.encode", 2),
     "encoding audio": ("vaflow.encoders.vggish.VggishEncoder.encode", 1),
     "writing": ("vaflow.cache.cache.Cache.write", 3),
-    "between arrays and record": ("vaflow.cache.storage.Layout.create", 2),
+    "between arrays and record": ("vaflow.cache.layout.Layout.create", 2),
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {
@@ -33,7 +33,7 @@ TRAINING = {
     "evaluating": ("vaflow.train.loop.predict_clips", 2),
     "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
     "writing predictions": ("vaflow.train.session.write_evaluation", 1),
-    "writing the metrics": ("vaflow.train.runs.RunFolder.write_metrics", 1),
+    "writing the metrics": ("vaflow.train.run_folder.RunFolder.write_metrics", 1),
 }
 
 

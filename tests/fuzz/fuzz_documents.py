@@ -211,7 +211,7 @@ def try_prompts(folder: Path, data: bytes) -> None:
 
 
 def try_tables(folder: Path, data: bytes) -> None:
-    from vaflow.train.ablate.schedule import expand, load_study
+    from vaflow.train.ablate.tables import expand, load_study
 
     (folder / "tables.toml").write_bytes(data)
     study = load_study(folder / "tables.toml")
@@ -221,7 +221,7 @@ def try_tables(folder: Path, data: bytes) -> None:
 
 
 def try_run_record(folder: Path, data: bytes) -> None:
-    from vaflow.train.runs import require_record
+    from vaflow.train.run_folder import require_record
 
     (folder / "config.toml").write_bytes(data)
     require_record(folder)
@@ -240,8 +240,8 @@ RUN_FILES: Mapping[str, Any] = {
 
 def try_run_file(folder: Path, example: tuple[str, list[Change] | bytes]) -> None:
     from vaflow.train.ensemble import members_of
-    from vaflow.train.provenance import read_sources
-    from vaflow.train.runs import RunFolder
+    from vaflow.train.prediction_sources import read_sources
+    from vaflow.train.run_folder import RunFolder
     from vaflow.train.smoothing import read_smoothing
 
     name, changes = example

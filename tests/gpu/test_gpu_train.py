@@ -12,7 +12,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import fit, seeded
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 from vaflow.train.windows import Prefetcher
 
 SPLITS = ("train", "val")

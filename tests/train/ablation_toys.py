@@ -9,7 +9,7 @@ import numpy as np
 from synthetic_cache import AUDIO, VISUAL
 
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.schedule import Entry, Row, Schedule, ScheduledRun, Study, Table, load_study
+from vaflow.train.ablate.tables import Entry, Row, Schedule, ScheduledRun, Study, Table, load_study
 from vaflow.train.ablate.workers import write_moments
 from vaflow.train.config import TrainConfig
 from vaflow.train.metrics import concordance_of_moments, mean_over_dimensions, video_moments

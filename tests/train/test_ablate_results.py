@@ -17,10 +17,10 @@ from PIL import ImageFont
 from vaflow.train.ablate.pool import Ended
 from vaflow.train.ablate.report import About, csv_text, digits, html_page, markdown, plot
 from vaflow.train.ablate.results import Results, collect
-from vaflow.train.ablate.schedule import Options, Row, Schedule, load_study
+from vaflow.train.ablate.tables import Options, Row, Schedule, load_study
 from vaflow.train.ablate.workers import read_moments, write_moments
 from vaflow.train.config import TrainConfig
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 
 CONTRACT = (
     "table,row,temporal,fusion,visual,audio,centers,sigma,kl_weight,seeds,ccc_valence,ccc_arousal,ccc_mean,std_mean,"

@@ -22,11 +22,11 @@ from vaflow.cache import Cache
 from vaflow.errors import UsageError
 from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.pool import Outcome, run_all
-from vaflow.train.ablate.schedule import Options, add_command, make_schedule
+from vaflow.train.ablate.tables import Options, add_command, make_schedule
 from vaflow.train.config import BEFORE_SETTING, TrainConfig
 from vaflow.train.groups import split_items
 from vaflow.train.losses import ccc
-from vaflow.train.runs import RunFolder, load_run, require_record
+from vaflow.train.run_folder import RunFolder, load_run, require_record
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vaflow.errors import UsageError
-from vaflow.train.ablate.schedule import Row, Study, Table, expand, load_study
+from vaflow.train.ablate.tables import Row, Study, Table, expand, load_study
 from vaflow.train.config import TrainConfig, merge, preset, with_aliases
 
 # The published table: number; streams, temporal model, fusion, centres, sigma; CCC.

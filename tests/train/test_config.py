@@ -21,7 +21,7 @@ from vaflow.train.config import (
 from vaflow.train.heads import NORMALIZE
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.temporal import TEMPORAL
-from vaflow.train.record import changed_settings
+from vaflow.train.run_record import changed_settings
 
 
 def test_setting_choices_equal_the_model_choices() -> None:

@@ -22,7 +22,7 @@ from vaflow.train.heads import NORMALIZE, VAModel
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, drop_modality, gather_each, tensors_of
 

@@ -13,7 +13,7 @@ from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import best_weights, combine, concordance_weights, ensemble_runs, onto_simplex
-from vaflow.train.runs import RunFolder, load_run
+from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.submit import submit_run
 from vaflow.train.training import train_run
 

@@ -20,7 +20,7 @@ from vaflow.train.evaluate import score
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import Progress, Row, adamw, fit, lr_factor, make_optimizer, seeded, train_step
 from vaflow.train.losses import total_loss
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 from vaflow.train.traces import predict_clips
 from vaflow.train.windows import StreamTable, WindowSet
 

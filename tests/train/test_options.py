@@ -21,7 +21,7 @@ from vaflow.train.data import load_split
 from vaflow.train.evaluate import score
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
-from vaflow.train.runs import RunFolder, load_run
+from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
 from vaflow.train.traces import predict_clips
 from vaflow.train.training import Result, choose_smoothing, evaluate_run, train_run

@@ -15,7 +15,7 @@ from vaflow.encoders.prompts import load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.layers import PromptHead
-from vaflow.train.runs import load_run
+from vaflow.train.run_folder import load_run
 from vaflow.train.training import evaluate_run, train_run
 
 CONFIG = TrainConfig(

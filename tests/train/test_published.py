@@ -16,7 +16,7 @@ from vaflow.encoders import weights as weights_module
 from vaflow.errors import CorruptError, UsageError, WeightsError
 from vaflow.train.export import Heads
 from vaflow.train.pretrained_model import PretrainedModel
-from vaflow.train.runs import cache_of, load_run, local_run
+from vaflow.train.run_folder import cache_of, load_run, local_run
 
 COMMIT = "1" * 40
 

@@ -11,7 +11,7 @@ from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.errors import UsageError
 from vaflow.train.ablate.pool import Member, Pool, Shared, contents
-from vaflow.train.ablate.schedule import Options, ScheduledRun, make_schedule
+from vaflow.train.ablate.tables import Options, ScheduledRun, make_schedule
 from vaflow.train.ablate.workers import documents_of
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")

@@ -22,7 +22,7 @@ from vaflow.provenance import find_provenance
 from vaflow.train import plots, session
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import check_same, resolve
-from vaflow.train.runs import RunFolder, cache_of, load_run
+from vaflow.train.run_folder import RunFolder, cache_of, load_run
 from vaflow.train.training import Result, evaluate_run, train_run
 from vaflow.viewer.run_results import read_history
 

@@ -17,8 +17,8 @@ from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import Row
-from vaflow.train.record import RunRecord, new_record
-from vaflow.train.runs import PROTOTYPES, RunFolder, load_run
+from vaflow.train.run_folder import PROTOTYPES, RunFolder, load_run
+from vaflow.train.run_record import RunRecord, new_record
 from vaflow.train.session import load_data
 from vaflow.train.training import evaluate_run, train_run
 from vaflow.viewer.run_results import read_history

@@ -15,9 +15,8 @@ from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
 from vaflow.train.groups import split_items
-from vaflow.train.record import from_json
-from vaflow.train.training import evaluate_run
-from vaflow.train.trials import (
+from vaflow.train.run_record import from_json
+from vaflow.train.search_trials import (
     DONE,
     FAILED,
     STOPPED,
@@ -32,6 +31,7 @@ from vaflow.train.trials import (
     read_space,
     rungs,
 )
+from vaflow.train.training import evaluate_run
 
 pytest.importorskip("optuna")
 

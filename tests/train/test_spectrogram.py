@@ -19,8 +19,8 @@ from vaflow.train.config import merge as merge_settings
 from vaflow.train.data import load_split
 from vaflow.train.heads.layers import Spectrogram
 from vaflow.train.inputs import resolve
-from vaflow.train.record import RunRecord, new_record
-from vaflow.train.runs import load_run
+from vaflow.train.run_folder import load_run
+from vaflow.train.run_record import RunRecord, new_record
 from vaflow.train.training import evaluate_run, train_run
 
 BANDS = 5

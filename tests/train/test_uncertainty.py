@@ -19,7 +19,7 @@ from vaflow.train.batch import Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs, total_deviation
 from vaflow.train.losses import gaussian_nll, total_loss
-from vaflow.train.runs import load_run
+from vaflow.train.run_folder import load_run
 from vaflow.train.traces import Trace
 from vaflow.train.training import evaluate_run, train_run
 from vaflow.train.uncertainty import (

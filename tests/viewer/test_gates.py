@@ -16,7 +16,7 @@ from vaflow.errors import UsageError
 from vaflow.files import read_tensors, write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
-from vaflow.train.runs import load_run
+from vaflow.train.run_folder import load_run
 from vaflow.train.traces import predict_windows
 from vaflow.train.training import train_run
 from vaflow.viewer.report import write_report

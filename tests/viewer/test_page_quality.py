@@ -15,7 +15,7 @@ from until import until
 from vaflow.cli import main
 from vaflow.train.ablate.report import About, html_page
 from vaflow.train.ablate.results import collect
-from vaflow.train.ablate.schedule import Options, Row
+from vaflow.train.ablate.tables import Options, Row
 from vaflow.viewer.page import ViewConfig, write_viewer
 from vaflow.viewer.report import write_report
 

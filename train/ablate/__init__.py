@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
+from vaflow.failures import FAILURES, Failure, write_failures
 from vaflow.files import lock_folder, write_file
-from vaflow.items import FAILURES, Failure, write_failures
 from vaflow.train.ablate.pool import RUNS, Outcome, run_all
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
 from vaflow.train.ablate.results import Results, collect, compare_encoders
-from vaflow.train.ablate.schedule import Options, Schedule, Study, add_command, make_schedule
+from vaflow.train.ablate.tables import Options, Schedule, Study, add_command, make_schedule
 from vaflow.train.ablate.workers import Ended, moments_file
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 
 OnSchedule = Callable[[Schedule, int], None]
 OnRun = Callable[[Outcome], None]

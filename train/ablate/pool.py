@@ -23,7 +23,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.process import Notes, check_engine, connected, import_ray, starts_here
-from vaflow.train.ablate.schedule import ScheduledRun
+from vaflow.train.ablate.tables import ScheduledRun
 from vaflow.train.ablate.workers import Crew, Ended, Message, Processes, Run, Runner, Worker, documents_of, runs_from
 from vaflow.train.together import batches_of, check_mode, one_thread
 

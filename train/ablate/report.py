@@ -21,7 +21,7 @@ from vaflow.errors import count, visible
 from vaflow.pages import render
 from vaflow.timeline import Floats
 from vaflow.train.ablate.results import COSTS, COSTS_NOTE, EncoderComparison, Results, RowResult, TableResult
-from vaflow.train.ablate.schedule import Options
+from vaflow.train.ablate.tables import Options
 from vaflow.train.metrics import SCORES
 
 FROZEN, TUNED = "frozen cache", "fine-tuned"  # how the rows were trained

@@ -18,7 +18,7 @@ from vaflow.cache.schema import stored_layers
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Floats
 from vaflow.train.ablate.pool import RUNS
-from vaflow.train.ablate.schedule import Entry, Schedule, Study, Table, parse_study
+from vaflow.train.ablate.tables import Entry, Schedule, Study, Table, parse_study
 from vaflow.train.ablate.workers import Ended, read_moments
 from vaflow.train.config import NONE
 from vaflow.train.metrics import (
@@ -29,7 +29,7 @@ from vaflow.train.metrics import (
     resampled_ccc,
     shared_draws,
 )
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 
 ENCODERS = "encoders"  # name of the table of a cache's encoders
 COSTS = ("stream", "dimensions", "layers", "MB", "parameters (M)", "s per minute", "device", "precision")

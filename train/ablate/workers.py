@@ -19,7 +19,7 @@ from vaflow.process import ChildProcess
 from vaflow.timeline import Floats
 from vaflow.train.config import TrainConfig, from_toml, to_toml
 from vaflow.train.metrics import DIMENSIONS, video_moments
-from vaflow.train.runs import RunFolder
+from vaflow.train.run_folder import RunFolder
 from vaflow.train.stacked_epochs import FAILURES
 from vaflow.train.together import Trainer, one_thread
 

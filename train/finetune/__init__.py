@@ -36,8 +36,8 @@ from vaflow.train.finetune.step import TunedModel, Tuning, encode_split, make_op
 from vaflow.train.heads import VAModel, count_parameters
 from vaflow.train.inputs import check_same
 from vaflow.train.loop import Progress, run_epochs
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import RunFolder, load_run
+from vaflow.train.run_folder import RunFolder, load_run
+from vaflow.train.run_record import RunRecord
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 from vaflow.train.traces import predict_clips
 from vaflow.train.windows import WindowSet

@@ -21,6 +21,7 @@ from vaflow.cache.commit import (
     saved_at_intervals,
 )
 from vaflow.cache.documents import fingerprint, now, plain
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import (
     LABELS,
     SCHEMA_VERSION,
@@ -35,7 +36,6 @@ from vaflow.cache.schema import (
     escape,
 )
 from vaflow.cache.scratch import LongArray, Scratch
-from vaflow.cache.storage import Layout
 from vaflow.cache.stores import STORES, fetch
 from vaflow.errors import (
     CacheError,

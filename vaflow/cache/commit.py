@@ -38,8 +38,8 @@ from vaflow.cache.documents import (
     stream_from,
     unseal,
 )
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import FLOAT, KINDS, SCHEMA_VERSION, Record, Rows, StreamInfo, escape
-from vaflow.cache.storage import Layout
 from vaflow.cache.stores import Store
 from vaflow.errors import CacheError, FingerprintError, UsageError, explain
 from vaflow.files import TEMPORARY

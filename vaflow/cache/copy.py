@@ -33,7 +33,7 @@ from vaflow.errors import (
     command,
     explain,
 )
-from vaflow.items import FAILURES, Failure, read_failures, write_failures
+from vaflow.failures import FAILURES, Failure, read_failures, write_failures
 
 log = logging.getLogger(__name__)
 

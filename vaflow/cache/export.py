@@ -35,13 +35,13 @@ from vaflow.cache.documents import (
     seal,
     stream_document,
 )
+from vaflow.cache.layout import Layout
 from vaflow.cache.opening import PathLike, layout_of
 from vaflow.cache.packed import PackedArray
 from vaflow.cache.schema import KINDS, PACKED, Array, Record, StreamInfo
-from vaflow.cache.storage import Layout
 from vaflow.errors import CacheError, UsageError, command, count, explain, visible
+from vaflow.failures import LISTS
 from vaflow.files import write_file
-from vaflow.items import LISTS
 
 CHUNK = 2**20  # bytes at most, and one row at least: what zarr reads at a time
 SHARD = 2**29  # bytes at most, and one chunk at least: a file

@@ -14,14 +14,14 @@ from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record, load_stream
 from vaflow.cache.documents import fingerprint, manifest_document, seal
+from vaflow.cache.layout import Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.packed import PackedCache
 from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems
-from vaflow.cache.storage import Layout
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
 from vaflow.errors import CacheError, CorruptError, UsageError, examples, explain, similar_names, visible
 from vaflow.files import TEMPORARY
-from vaflow.items import clip_and_person
+from vaflow.item_names import clip_and_person
 
 GRACE = 3600.0  # seconds after which no writer is still working on an attempt
 _ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")

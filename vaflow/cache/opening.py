@@ -8,9 +8,10 @@ from typing import Any
 from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.documents import manifest_document, seal, unseal
+from vaflow.cache.layout import Layout
 from vaflow.cache.packed import PackedCache, refuse_writing
+from vaflow.cache.remote import Remote, url_of
 from vaflow.cache.schema import FORMAT, PACKED, SCHEMA_VERSION, STORES, StoreName
-from vaflow.cache.storage import Layout, Remote, url_of
 from vaflow.errors import SchemaError, UsageError, command, examples, explain
 from vaflow.files import TEMPORARY
 

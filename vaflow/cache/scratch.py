@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import Array, Rows
-from vaflow.cache.storage import Layout
 from vaflow.files import TEMPORARY
 
 IN_MEMORY = 64 * 2**20  # bytes of one array

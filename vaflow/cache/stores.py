@@ -1,6 +1,6 @@
 """The stores of a cache, Zarr and HDF5: arrays of one attempt to files, and checked bytes of files to arrays.
 
-`storage.py`, `commit.py` and `cache.py` decide when files are flushed, checked, committed or deleted. A new store is
+`layout.py`, `commit.py` and `cache.py` decide when files are flushed, checked, committed or deleted. A new store is
 one class with these four methods and one entry in `STORES`.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from vaflow import files
 from vaflow.cache.documents import crc32c
+from vaflow.cache.layout import Layout
 from vaflow.cache.schema import DTYPES, Array, Blob, Json, Record, Rows, StoreName, parts
-from vaflow.cache.storage import Layout
 from vaflow.errors import MissingError, explain
 from vaflow.files import TEMPORARY
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vaflow.train.ablate import StudyResult
     from vaflow.train.ablate.pool import Outcome
     from vaflow.train.ablate.results import TableResult
-    from vaflow.train.ablate.schedule import Schedule
+    from vaflow.train.ablate.tables import Schedule
     from vaflow.train.search import NestedResult
-    from vaflow.train.trials import SearchResult, Trial
+    from vaflow.train.search_trials import SearchResult, Trial
 
 Out = Annotated[Path, option("DIR", "Directory of runs and results.")]
 Tables = Annotated[
@@ -68,7 +68,7 @@ def ablate(
     with loading(output):
         from vaflow.train.ablate import run_study
         from vaflow.train.ablate.results import ENCODERS, encoder_study
-        from vaflow.train.ablate.schedule import Options, load_study
+        from vaflow.train.ablate.tables import Options, load_study
 
     options = Options(seeds, parse_pairs(TrainConfig, settings or []), alias_pairs(aliases or []), allow_missing)
     opened = open_cache(cache)
@@ -257,7 +257,7 @@ def search(
 
     with loading(output):
         from vaflow.train.search import run_nested_search, run_search
-        from vaflow.train.trials import SearchOptions, read_space
+        from vaflow.train.search_trials import SearchOptions, read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):

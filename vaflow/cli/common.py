@@ -194,7 +194,7 @@ def check_directory(path: Path, option: str = "--out") -> None:
     Raises:
         UsageError: it is a file, or this user cannot write there.
     """
-    from vaflow.cache.storage import url_of
+    from vaflow.cache.remote import url_of
 
     if url_of(path) is not None:
         return

@@ -89,7 +89,7 @@ def predict(
     config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person, keep_features=html or video)
     bars = output.bars
     if str(run).startswith("onnx:"):
-        from vaflow.pretrained import Columns, predict_model
+        from vaflow.external_models import Columns, predict_model
 
         columns = Columns.parse(va, str(run))
         summary = predict_model(str(run), columns, media or [], out, config, show_progress=bars)
@@ -187,7 +187,7 @@ def submit(
 
     with loading(output):
         from vaflow.train.ensemble import members_of
-        from vaflow.train.runs import cache_of
+        from vaflow.train.run_folder import cache_of
         from vaflow.train.submit import submit_run
 
     path = cache if cache is not None else cache_of(members_of(run)[0][0])

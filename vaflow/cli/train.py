@@ -256,7 +256,7 @@ def evaluate(
 
     with loading(output):
         from vaflow.train.groups import read_groups, warn_unknown
-        from vaflow.train.runs import cache_of
+        from vaflow.train.run_folder import cache_of
         from vaflow.train.training import choose_smoothing, evaluate_run
 
     opened = open_cache(cache if cache is not None else cache_of(run))
@@ -291,7 +291,7 @@ def _evaluate_model(
 ) -> dict[str, Any]:
     """The metrics of a pretrained model, which has no run directory and no training."""
     from vaflow.cache import open_cache
-    from vaflow.pretrained import Columns, evaluate_model
+    from vaflow.external_models import Columns, evaluate_model
     from vaflow.train.smoothing import Smoothing
 
     columns = Columns.parse(va, name)
@@ -325,7 +325,7 @@ def smooth(
     from vaflow.cache import open_cache
 
     with loading(output):
-        from vaflow.train.runs import cache_of
+        from vaflow.train.run_folder import cache_of
         from vaflow.train.training import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else cache_of(run))

@@ -19,7 +19,7 @@ from vaflow.errors import CacheError
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.video import to_rgb
-from vaflow.items import clip_and_person
+from vaflow.item_names import clip_and_person
 from vaflow.timeline import Floats, median_interval
 from vaflow.train.metrics import concordance, rmse
 from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, Predictions

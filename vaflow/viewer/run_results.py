@@ -179,7 +179,7 @@ def _text(path: Path, run: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
-        from vaflow.train.runs import refuse_ensemble  # imports torch
+        from vaflow.train.run_folder import refuse_ensemble  # imports torch
 
         refuse_ensemble(run)
         expected = "a directory written by `vaflow train`"
@@ -338,7 +338,7 @@ def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> Fu
     """
     from vaflow.train.data import load_windows
     from vaflow.train.groups import split_items
-    from vaflow.train.runs import load_run
+    from vaflow.train.run_folder import load_run
     from vaflow.train.traces import predict_windows
 
     loaded = load_run(run)

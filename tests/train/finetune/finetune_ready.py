@@ -13,7 +13,7 @@ from vaflow.train.finetune.backbones import Backbone, Source, build_backbones, c
 from vaflow.train.finetune.step import TunedModel, Tuning, make_optimizer
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.loop import seeded
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 from vaflow.train.session import Data, load_data
 
 SETTINGS = TrainConfig(

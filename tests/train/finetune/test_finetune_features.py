@@ -26,7 +26,7 @@ from vaflow.train.finetune.backbones import (
     tunable,
 )
 from vaflow.train.finetune.step import TunedModel, encode_split, gather, share_units
-from vaflow.train.runs import build_model
+from vaflow.train.run_folder import build_model
 
 HALF = 2.0**-10  # relative distance of two neighbours in float16, at most
 

@@ -21,7 +21,7 @@ from vaflow.train import finetune as tuning_run
 from vaflow.train.batch import CLASSES
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import saved_weights
-from vaflow.train.runs import RunFolder, load_run, require_record
+from vaflow.train.run_folder import RunFolder, load_run, require_record
 from vaflow.train.training import evaluate_run, train_run
 from vaflow.viewer.run_results import read_history
 

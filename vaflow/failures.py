@@ -1,12 +1,10 @@
-"""Items: the names of people in a clip (`clip#1`, `clip#2`, ...), and the lists of items that failed.
+"""Lists of failed items: `failures.jsonl`, one JSON object per line, with `item, stage, error, message` and details.
 
-A list, `failures.jsonl`, has one JSON object per line, with `item, stage, error, message` and details. Every run writes
-its list anew; a run without failures leaves no list.
+Every run writes its list anew; a run without failures leaves no list.
 """
 
 import json
 import logging
-import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -116,14 +114,3 @@ class FailureLog:
             append_line(self.path, _format(failure))
         if not quiet:
             log.warning("%s failed (%s): %s", visible(failure.item), failure.stage, visible(failure.message))
-
-
-def person_item(clip: str, number: int) -> str:
-    """Return the item of person `number` (from 1) of a clip whose people were all extracted."""
-    return f"{clip}#{number}"
-
-
-def clip_and_person(item: str) -> tuple[str, int]:
-    """Return the clip and the number of the person that an item's name states; the item and 0 if it states none."""
-    clip, mark, number = item.rpartition("#")
-    return (clip, int(number)) if mark and clip and re.fullmatch(r"[1-9]\d*", number) else (item, 0)

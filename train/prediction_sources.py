@@ -17,8 +17,8 @@ from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.datasets.files import below
 from vaflow.errors import CorruptError, DataError, explain
 from vaflow.files import is_behind_link, write_file
-from vaflow.train.record import RunRecord
-from vaflow.train.runs import ENSEMBLE_FILE
+from vaflow.train.run_folder import ENSEMBLE_FILE
+from vaflow.train.run_record import RunRecord
 from vaflow.train.traces import Trace, write_predictions
 from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 

@@ -33,12 +33,12 @@ from vaflow.device import forbid_tf32
 from vaflow.encoders.weights import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, explain
 from vaflow.files import read_tensors, refuse_links, write_file
-from vaflow.train import record as digests
+from vaflow.train import run_record as digests
 from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads import EachModel, VAModel
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.record import RunRecord, cache_places
+from vaflow.train.run_record import RunRecord, cache_places
 from vaflow.train.smoothing import Smoothing, read_smoothing, smoothed
 from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.uncertainty import Calibration, TrainingFeatures, calibrated, read_calibration, read_training_features
