@@ -57,6 +57,8 @@ def test_drop_rejects_an_unknown_clip_and_drops_nothing(cache, capsys):
     assert main(["cache", "drop", str(cache.path), "c", "d"]) == 2
     error = capsys.readouterr().err
     assert "has no such clip. Got: d." in error
+    assert main(["cache", "drop", str(cache.path), ""]) == 2  # an unset variable of the shell
+    assert "Got: an empty name." in capsys.readouterr().err
     assert contents(cache).keys() == before.keys()
 
 

@@ -314,7 +314,8 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
     unknown = [item for item in dict.fromkeys(items) if item not in known]
     if unknown:
         remedy = similar_names(unknown[0], known, f"Its clips are {examples(sorted(known)) or 'none'}")
-        raise UsageError(explain(f"{cache.place} has no such clip", got=examples(unknown), remedy=remedy))
+        got = examples(unknown) or "an empty name"
+        raise UsageError(explain(f"{cache.place} has no such clip", got=got, remedy=remedy))
     dropped = {item: known[item] for item in dict.fromkeys(items)}
     if dry_run or not dropped:
         return dropped
