@@ -19,7 +19,7 @@ from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FaceCrop, FacesEnd, Message
 from vaflow.extract.encoding import Encoders, FixedBatcher
-from vaflow.extract.faces.alignment import turn_remedy
+from vaflow.extract.faces.crops import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.plan import PendingClip
 from vaflow.item_names import person_item

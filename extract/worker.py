@@ -33,7 +33,7 @@ from vaflow.extract.decoding_pool import (
     Message,
     Send,
 )
-from vaflow.extract.faces.alignment import align, decode_jpeg, encode_jpeg, quarter_turn
+from vaflow.extract.faces.crops import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network

@@ -19,7 +19,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.encoders import build_encoder
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.container import frame_times
-from vaflow.extract.faces.alignment import align, encode_jpeg
+from vaflow.extract.faces.crops import align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces

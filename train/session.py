@@ -23,13 +23,14 @@ from vaflow.encoders.prompts import region_table
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import write_tensors
 from vaflow.settings import settings_of
+from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
 from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, featureless, label_warnings
 from vaflow.train.groups import fold_items, split_items
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import Progress, Row, seeded
+from vaflow.train.loop import seeded
 from vaflow.train.metrics import DIMENSIONS, SCORES, region_occupancy
 from vaflow.train.prediction_sources import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, build_model, load_run, require_record

@@ -15,10 +15,9 @@ from torch import Generator, Tensor, nn
 
 from vaflow.errors import VaflowError
 from vaflow.train.batch import Batch
+from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
 from vaflow.train.config import TrainConfig
 from vaflow.train.loop import (
-    Progress,
-    Row,
     check_finite,
     end_epoch,
     epoch_losses,
@@ -26,8 +25,6 @@ from vaflow.train.loop import (
     is_finished,
     lr_factor,
     make_optimizer,
-    resume,
-    save_checkpoint,
     seed_from,
 )
 from vaflow.train.session import Data

@@ -22,7 +22,7 @@ from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
 from vaflow.extract.container import audio_clock, decode, frame_times, opened
 from vaflow.extract.decoding_pool import Failed, each
-from vaflow.extract.faces.alignment import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn
+from vaflow.extract.faces.crops import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn
 from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.tracking import CutDetector
 from vaflow.extract.sources import list_crops, open_stills, read_crop

@@ -29,7 +29,7 @@ from vaflow.extract.doctor.facts import (
     PeopleFacts,
     merge_stats,
 )
-from vaflow.extract.faces.alignment import turn_remedy
+from vaflow.extract.faces.crops import turn_remedy
 from vaflow.extract.faces.identity import AUTO, NONE, REMEDY, resolve
 
 # Perfect predictions against shifted labels: seconds -> CCC lost in valence and in arousal.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vaflow.errors import MediaError, explain
 from vaflow.extract.audio import HOP
-from vaflow.extract.faces.alignment import (
+from vaflow.extract.faces.crops import (
     Quality,
     align,
     decode_jpeg,

@@ -22,7 +22,7 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.container import frame_times
 from vaflow.extract.decoding_pool import Detect, Done, Failed, Job, Message, WorkerPool
 from vaflow.extract.faces import detection_torch
-from vaflow.extract.faces.alignment import align, decode_jpeg
+from vaflow.extract.faces.crops import align, decode_jpeg
 from vaflow.extract.faces.detection import HELD_BYTES, Cells, CenterFace, decode_cells, find_faces, model_path, shrunk
 from vaflow.extract.faces.detection_torch import TorchDetector
 from vaflow.extract.loop import DETECTING, DETECTING_ON_DEVICE, ON_DEVICE, bottleneck, idle_share

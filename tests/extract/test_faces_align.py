@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaflow.errors import MediaError
-from vaflow.extract.faces.alignment import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
+from vaflow.extract.faces.crops import TEMPLATE, align, decode_jpeg, encode_jpeg, similarity
 from vaflow.extract.faces.detection import Face, decode_grid, overlap, suppress
 from vaflow.extract.streams import faces_identity
 

@@ -10,7 +10,7 @@ from PIL import Image
 from vaflow.errors import WeightsError
 from vaflow.extract.container import frame_times
 from vaflow.extract.faces import detection
-from vaflow.extract.faces.alignment import TEMPLATE, align
+from vaflow.extract.faces.crops import TEMPLATE, align
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.video import frames_at

@@ -18,7 +18,7 @@ def test_detecting_and_aligning_do_not_import_torch() -> None:
     program = """
 import sys
 import numpy as np
-from vaflow.extract.faces.alignment import align, encode_jpeg
+from vaflow.extract.faces.crops import align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.tracking import PersonTracker
 image = np.zeros((64, 64, 3), np.uint8)

@@ -13,7 +13,7 @@ from vaflow.cli import main
 from vaflow.datasets.clip import Clip
 from vaflow.extract.doctor.facts import PeopleFacts, look_at_people
 from vaflow.extract.doctor.findings import people_findings
-from vaflow.extract.faces.alignment import TEMPLATE, quarter_turn
+from vaflow.extract.faces.crops import TEMPLATE, quarter_turn
 from vaflow.extract.faces.people import no_faces
 
 

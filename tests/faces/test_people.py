@@ -8,7 +8,7 @@ import pytest
 
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.alignment import TEMPLATE, yaw
+from vaflow.extract.faces.crops import TEMPLATE, yaw
 from vaflow.extract.faces.detection import Face
 from vaflow.extract.faces.identity import FaceNetwork
 from vaflow.extract.faces.people import ClipFaces, People, choose_person, link

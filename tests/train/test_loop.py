@@ -14,11 +14,12 @@ from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError
 from vaflow.files import write_tensors
+from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import score
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import Progress, Row, adamw, fit, lr_factor, make_optimizer, seeded, train_step
+from vaflow.train.loop import adamw, fit, lr_factor, make_optimizer, seeded, train_step
 from vaflow.train.losses import total_loss
 from vaflow.train.run_folder import build_model
 from vaflow.train.traces import predict_clips

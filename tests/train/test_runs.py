@@ -14,9 +14,9 @@ from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
 from vaflow.files import read_tensors, write_tensors
 from vaflow.train import session, training
 from vaflow.train.batch import Batch
+from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import Row
 from vaflow.train.run_folder import PROTOTYPES, RunFolder, load_run
 from vaflow.train.run_record import RunRecord, new_record
 from vaflow.train.session import load_data

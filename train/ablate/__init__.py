@@ -1,6 +1,6 @@
 """`vaflow ablate`: tables of configurations, each trained with several seeds, next to the published numbers.
 
-schedule.py has the tables, their runs and hashes, pool.py trains the runs in workers.py, results.py has the scores,
+tables.py has the tables, their runs and hashes, pool.py trains the runs in workers.py, results.py has the scores,
 report.py the files.
 """
 

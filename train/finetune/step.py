@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from vaflow.train import loop
 from vaflow.train.batch import VISUAL, Batch, Output
+from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Augment, Backbone, Source
 from vaflow.train.heads import VAModel
-from vaflow.train.loop import Row, adamw, batch_loss, seeded, update
+from vaflow.train.loop import adamw, batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
 from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device
 

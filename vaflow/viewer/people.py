@@ -24,7 +24,7 @@ from vaflow.datasets import open_dataset
 from vaflow.datasets.files import head
 from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.container import frame_times
-from vaflow.extract.faces.alignment import MAX_YAW, MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, MIN_SHARPNESS, align, encode_jpeg
+from vaflow.extract.faces.crops import MAX_YAW, MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, MIN_SHARPNESS, align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
 from vaflow.extract.faces.identity import open_network, resolve
 from vaflow.extract.faces.people import ClipFaces
