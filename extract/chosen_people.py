@@ -306,6 +306,8 @@ def choose_people(
     """Write a cache with another choice of people; run it again to resume.
 
     Args:
+        source: a cache with the crops of everyone.
+        out: the cache to write.
         options: further fields of `ExtractConfig`: weights, device, workers.
         store: of the new cache; None: that of the source.
 

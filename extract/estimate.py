@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,9 +32,6 @@ from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
 from vaflow.item_names import clip_and_person
 from vaflow.process import beat
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 OPENED = 32  # clips opened to detect audio streams

@@ -4,8 +4,8 @@ Everything that drifts with time is a sum of sinusoids with random periods and p
 video samples it at frame times, audio at its control rate, labels at annotation rows.
 
 The voice is a glottal pulse train through moving formants, in syllables and phrases. Pitch, loudness, speaking rate and
-brightness follow arousal; formants (a smile shortens the vocal tract) follow valence
-weakly. Each also drifts on its own, so that audio alone tells arousal well but not perfectly, and valence a little.
+brightness follow arousal; formants (a smile shortens the vocal tract) follow valence weakly. Each also drifts on its
+own, so that audio alone tells arousal well but not perfectly, and valence a little.
 """
 
 from collections.abc import Callable
