@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-MODULES = ("video", "audio", "faces", "faces.detection", "sources", "worker")
+MODULES = ("video", "audio", "faces", "faces.detection", "faces.crops", "faces.tracking", "sources", "worker")
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 
