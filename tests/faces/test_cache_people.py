@@ -208,6 +208,9 @@ def test_a_cache_of_the_chosen_people_only_has_no_images_of_others(
         ("clip,person\npair,2\n", [], "none, main, left, right, speaking or id:K"),
         ("clip,person\npair,id:2\npair,id:1\n", [], "names a clip twice"),
         ("clip,who\npair,id:2\n", [], "the columns clip,person"),
+        ("", [], "Got: an empty file"),
+        (None, ["--choices", "missing.csv"], "Cannot read missing.csv. Expected: a table of choices"),
+        ("clip; person\npair; id:3\n", [], "'pair' has no such person"),  # separated as in the other tables
         ("clip,person\npair,id:2\n", ["--person", "all"], "none, where every person is an item"),
     ],
 )
