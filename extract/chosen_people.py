@@ -5,12 +5,9 @@ are computed from the stored crops by the loop of an extraction.
 """
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -19,16 +16,25 @@ import numpy as np
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.copy import ItemCopy, TransferSummary, refuse_inside, survey, transfer
 from vaflow.cache.costs import append_costs
-from vaflow.cache.documents import canonical, fingerprint
+from vaflow.cache.documents import fingerprint
 from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import read_table
 from vaflow.device import choose_device
-from vaflow.errors import MediaError, UsageError, count, examples, explain
+from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.config import ExtractConfig, default_workers
 from vaflow.extract.decoding_pool import StoredPerson
-from vaflow.extract.faces.people import ALL, ID, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, count_people, speech_at
+from vaflow.extract.faces.choice import (
+    ALL,
+    EXCLUDED,
+    SPEAKING,
+    WITHOUT_AUDIO,
+    Choices,
+    Speech,
+    choose_person,
+    count_people,
+    speech_at,
+)
 from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary
 from vaflow.extract.streams import NewStreams
 from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
@@ -40,95 +46,6 @@ STAGE = "people"
 LISTED = 10  # items that a message names
 OF_PERSON = ("clip", "person", "persons")  # members of a record's meta that name a person
 MADE_IN = ("batch", "device", "compiled", "vaflow", "reading")  # those that `Extraction` adds
-EXCLUDED = "none"  # leaves a clip out
-RULES = re.compile(r"main|all|left|right|speaking|id:[1-9]\d*")
-ROW_RULES = re.compile(r"none|main|left|right|speaking|id:[1-9]\d*")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Who is estimated.
-
-    Attributes:
-        rule: of all clips without a row: main, all, left, right, speaking or id:K; None: the person of the cache.
-        rows: clip, or with the rule "all" the item of a person -> rule, or "none" to leave it out.
-
-    Raises:
-        UsageError: there is neither a rule nor a row, or one of them is not valid.
-    """
-
-    rule: str | None = None
-    rows: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.rule is None and not self.rows:
-            raise UsageError(explain("Neither --person nor --choices is given", expected="one of them, or both"))
-        if self.rule is not None and not RULES.fullmatch(self.rule):
-            expected = "main, all, left, right, speaking or id:K"
-            raise UsageError(explain("--person is not valid", expected=expected, got=self.rule))
-        for name, rule in self.rows.items():
-            if not ROW_RULES.fullmatch(rule):
-                problem, expected = f"The person of {name!r} in --choices", "none, main, left, right, speaking or id:K"
-                raise UsageError(explain(f"{problem} is not valid", expected=expected, got=rule))
-
-    def identity(self, faces: Mapping[str, Any]) -> dict[str, Any]:
-        """The `faces` identity of features that were made with another choice, with this choice.
-
-        Rows that choose a person are stated by a digest; rows that leave a clip out do not change any features.
-        """
-        before = faces.get("choices") if self.rule is None else None
-        chosen = {name: rule for name, rule in self.rows.items() if rule not in (EXCLUDED, self.rule)}
-        digest = blake2b(canonical({"before": before, "rows": chosen}), digest_size=8).hexdigest() if chosen else before
-        rest = {key: value for key, value in faces.items() if key != "choices"}
-        return rest | {"person": self.rule or faces["person"]} | ({"choices": digest} if digest else {})
-
-    def check(self, people: Mapping[str, int], everyone: bool) -> None:
-        """Compare the choice with the clips of a cache.
-
-        Args:
-            people: clip -> number of its people.
-            everyone: every person becomes an item.
-
-        Raises:
-            UsageError: a row names no clip or person, or no clip has the person of the rule.
-        """
-        items = {f"{clip}#{k}" for clip, number in people.items() for k in range(1, number + 1)} if everyone else set()
-        for name, rule in self.rows.items():
-            if name not in people and name not in items:
-                raise UsageError(explain("--choices names a clip that is not in the cache", got=name, choices=people))
-            if everyone and rule != EXCLUDED:
-                expected = "none, where every person is an item"
-                raise UsageError(explain(f"{name!r} has a person in --choices", expected=expected, got=rule))
-            if rule.startswith(ID) and int(rule.removeprefix(ID)) > people.get(name, 0):
-                expected = f"id:1 to id:{people.get(name, 0)}"
-                raise UsageError(explain(f"{name!r} has no such person", expected=expected, got=rule))
-        number = int(self.rule.removeprefix(ID)) if self.rule is not None and self.rule.startswith(ID) else 0
-        if number > max(people.values(), default=0):
-            counts = examples([f"{clip} {known}" for clip, known in sorted(people.items())])
-            expected = f"a number of a person; people per clip: {counts}"
-            raise UsageError(explain(f"No clip has person {number}", expected=expected))
-
-
-def read_choices(path: Path) -> dict[str, str]:
-    """Read a table with the columns `clip` and `person`: clip -> rule. Rows without a person are skipped.
-
-    Raises:
-        UsageError: the file cannot be read, is not such a table, or names a clip twice.
-    """
-    _, rows = read_table(path, "a table of choices", UsageError)
-    header = rows[0][1] if rows else []
-    if not {"clip", "person"} <= set(header):
-        got = ", ".join(header) or "an empty file"
-        raise UsageError(explain(f"{path} is not a table of choices", expected="the columns clip,person", got=got))
-    chosen: dict[str, str] = {}
-    for _, cells in rows[1:]:
-        row = dict(zip(header, cells, strict=False))
-        clip, rule = row.get("clip", ""), row.get("person", "")
-        if clip in chosen:
-            raise UsageError(explain(f"{path} names a clip twice", got=clip))
-        if rule:
-            chosen[clip] = rule
-    return chosen
 
 
 @dataclass(frozen=True)

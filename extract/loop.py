@@ -26,9 +26,9 @@ from vaflow.extract.assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.decoding_pool import Detect, Done, Failed, Job, WorkerPool
 from vaflow.extract.encoding import Encoders
+from vaflow.extract.faces.choice import ALL, MAIN
 from vaflow.extract.faces.detection_torch import QUESTION
 from vaflow.extract.faces.identity import resolve
-from vaflow.extract.faces.people import ALL, MAIN
 from vaflow.extract.plan import Extracted, Outcome, PendingClip
 from vaflow.extract.streams import NewStreams, provenance, source_of
 from vaflow.extract.video import check_parity

@@ -21,7 +21,7 @@ from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.audio import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.decoding_pool import Failed, StoredPerson, each
-from vaflow.extract.faces.people import ALL
+from vaflow.extract.faces.choice import ALL
 from vaflow.extract.headers import lengths
 from vaflow.extract.sources import IMAGES_DIGEST, SourceComparison, file_status, images_digest, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of

@@ -20,10 +20,10 @@ from vaflow.encoders.logmel import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces.choice import LARGEST
 from vaflow.extract.faces.crops import CROP_SIZE, JPEG_QUALITY, TEMPLATE, TEMPLATE_VERSION
 from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, model_digest
 from vaflow.extract.faces.identity import network_identity, resolve
-from vaflow.extract.faces.people import LARGEST
 from vaflow.extract.faces.tracking import ALL_FACES_VERSION, CUTS_VERSION, TRACKER_VERSION
 from vaflow.extract.video import READING, decoder_identity, nvdec_identity
 

@@ -33,20 +33,12 @@ from vaflow.extract.decoding_pool import (
     Message,
     Send,
 )
+from vaflow.extract.faces.choice import ALL, LARGEST, SPEAKING, WITHOUT_AUDIO, Speech, choose_person, speech_at
 from vaflow.extract.faces.crops import align, decode_jpeg, encode_jpeg, quarter_turn
 from vaflow.extract.faces.detection import Cells, find_faces, shared_detector
 from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
-from vaflow.extract.faces.people import (
-    ALL,
-    LARGEST,
-    SPEAKING,
-    WITHOUT_AUDIO,
-    ClipFaces,
-    Speech,
-    choose_person,
-    speech_at,
-)
+from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.sources import (
     IMAGES_DIGEST,

@@ -27,8 +27,8 @@ from vaflow.encoders import demonstration_notice
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
+from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
 from vaflow.extract.faces.identity import AUTO, network_setting
-from vaflow.extract.faces.people import ALL, LARGEST, MAIN
 from vaflow.extract.pipeline import extract
 from vaflow.failures import FAILURES, Failure, FailureLog
 from vaflow.files import write_file

@@ -1,4 +1,4 @@
-"""The people of a clip: every face of every sampled frame, joined to tracks and people; and the choice of one person.
+"""The people of a clip: every face of every sampled frame, joined to tracks and people.
 
 Crops of all faces are kept, as the JPEG files that are encoded and stored, until the end of the clip shows who is who:
 in memory up to `MEMORY_BYTES`, beyond that in a temporary file. So the video is decoded once.
@@ -7,17 +7,14 @@ One person is chosen from the arrays of the `faces` stream that is stored, so th
 the same.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from tempfile import SpooledTemporaryFile
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.errors import MediaError, explain
-from vaflow.extract.audio import HOP
 from vaflow.extract.faces.crops import (
     Quality,
     align,
@@ -30,7 +27,6 @@ from vaflow.extract.faces.crops import (
 from vaflow.extract.faces.detection import Face, overlap
 from vaflow.extract.faces.identity import FaceNetwork, Vectors
 from vaflow.extract.faces.tracking import SUSPICIOUS, CutDetector, FaceTracker, similar
-from vaflow.timeline import Bools
 
 Image = NDArray[np.uint8]
 
@@ -47,13 +43,6 @@ LOOKS = 2  # faces of each such track, from equal parts of it
 NOTABLE_SHARE = 0.1  # of the clear faces of person 1, from which on another person counts
 NEARLY_EQUAL = 0.9  # share of the most seconds with which a larger face is the main person
 SPLIT_FACTOR = 1.15  # a track is divided at a distance this much above the limit that joins tracks
-
-LARGEST, MAIN, ALL, LEFT, RIGHT, SPEAKING, ID = "largest", "main", "all", "left", "right", "speaking", "id:"
-SIDE_SHARE = 0.9  # of the frames that show both people, in which the left one must be on the left
-MIN_FRAMES_TOGETHER = 2
-WITHOUT_AUDIO = ("absent", "unreadable")  # status of the audio of clips without speech activity
-Faces = Mapping[str, NDArray[Any]]
-Speech = Callable[[float], bool]
 
 
 @dataclass(frozen=True)
@@ -362,79 +351,3 @@ class People:
 def no_faces() -> dict[str, NDArray[np.generic]]:
     """The arrays of a `faces` stream of a clip in which nothing was detected."""
     return People([], (), 0.0, lambda _: b"").arrays()
-
-
-def choose_person(faces: Faces, rule: str, speech: Speech | None = None) -> int:
-    """Number of the person to estimate; 0 if the clip shows no face.
-
-    Args:
-        faces: arrays of the clip's faces stream.
-        rule: main, left, right, id:K or speaking.
-        speech: whether there is speech at a time in seconds; required by "speaking".
-
-    Raises:
-        MediaError: the rule does not name one person of this clip.
-    """
-    people = count_people(faces)
-    if rule in (LEFT, RIGHT):
-        return _on_side(faces, rule)
-    if rule.startswith(ID):
-        number = int(rule.removeprefix(ID))
-        if number > people:
-            expected = f"id:1 to id:{people}" if people > 1 else "id:1" if people else "a clip that shows a face"
-            raise MediaError(explain(f"--person {rule} is not a person of this clip", expected=expected))
-        return number
-    if rule == SPEAKING and people:
-        if speech is None:
-            raise MediaError(explain("--person speaking requires audio, and the clip has none"))
-        during = np.array([speech(time) for time in faces["time"].tolist()], bool)
-        return max(range(1, people + 1), key=lambda k: speaking_score(faces, k, during))
-    return min(1, people)
-
-
-def count_people(faces: Faces) -> int:
-    """Number of people in a faces stream."""
-    return int(faces["person"].max(initial=0))
-
-
-def speaking_score(faces: Faces, person: int, during: Bools) -> float:
-    """Mean motion of a person's mouth during speech, less that without speech, in gray levels.
-
-    Args:
-        during: [faces] whether there is speech at the time of each face.
-    """
-    means = []
-    for when in (during, ~during):
-        motion = faces["mouth"][(faces["person"] == person) & when]
-        means.append(float(np.mean(motion, dtype=np.float64)) if len(motion) else 0.0)
-    return means[0] - means[1]
-
-
-def speech_at(activity: Bools) -> Speech:
-    """Whether there is speech at a time in seconds, from the `speech` array of a log-Mel stream."""
-    return lambda time: bool(activity[int(time / HOP) : int(time / HOP) + 1].any())
-
-
-def _on_side(faces: Faces, side: str) -> int:
-    """The left or right one of the two people who are together for the longest time."""
-    middles = faces["box"][:, [0, 2]].astype(np.float64).mean(axis=1)
-    people: list[dict[int, float]] = []
-    for number in range(1, count_people(faces) + 1):
-        mine = faces["person"] == number
-        people.append(dict(zip(faces["frame"][mine].tolist(), middles[mine].tolist(), strict=True)))
-    pairs = [(len(a.keys() & b.keys()), i, j) for j, b in enumerate(people) for i, a in enumerate(people[:j])]
-    together, i, j = max(pairs, key=lambda pair: (pair[0], -pair[1], -pair[2]), default=(0, 0, 0))
-    if together < MIN_FRAMES_TOGETHER:
-        problem = f"The person on the {side} cannot be told apart: the clip never shows two people side by side"
-        expected = f"two faces in at least {MIN_FRAMES_TOGETHER} of the sampled frames"
-        raise MediaError(explain(problem, expected=expected, remedy="Add the dataset's face crops of this trial"))
-    common = people[i].keys() & people[j].keys()
-    first_is_left = sum(people[i][frame] < people[j][frame] for frame in common) / len(common)
-    if 1 - SIDE_SHARE < first_is_left < SIDE_SHARE:
-        problem = f"The person on the {side} cannot be told apart: the two people change sides"
-        expected = f"one person on the left in {SIDE_SHARE:.0%} of the frames that show both"
-        got = f"{max(first_is_left, 1 - first_is_left):.0%}"
-        remedy = "Add the dataset's face crops of this trial"
-        raise MediaError(explain(problem, expected=expected, got=got, remedy=remedy))
-    left, right = (i, j) if first_is_left >= SIDE_SHARE else (j, i)
-    return 1 + (left if side == LEFT else right)

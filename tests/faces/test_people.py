@@ -8,10 +8,11 @@ import pytest
 
 from vaflow.errors import MediaError, UsageError
 from vaflow.extract.config import ExtractConfig
+from vaflow.extract.faces.choice import choose_person
 from vaflow.extract.faces.crops import TEMPLATE, yaw
 from vaflow.extract.faces.detection import Face
 from vaflow.extract.faces.identity import FaceNetwork
-from vaflow.extract.faces.people import ClipFaces, People, choose_person, link
+from vaflow.extract.faces.people import ClipFaces, People, link
 from vaflow.extract.faces.tracking import PATIENCE, CutDetector, FaceTracker
 from vaflow.extract.streams import faces_identity, tracker_identity
 

@@ -216,7 +216,7 @@ def people(
 
     Example: vaflow cache people main.cache left.cache --person left
     """
-    from vaflow.extract.chosen_people import Choices, read_choices
+    from vaflow.extract.faces.choice import Choices, read_choices
 
     chosen = Choices(person, read_choices(choices) if choices is not None else {})
     options: dict[str, Any] = {"weights": weight_pairs(weights or []), "device": device, "workers": workers}

@@ -96,7 +96,7 @@ def extract(
     check_engine(engine, ray_address)
     from vaflow.datasets import log_left_out, open_dataset
     from vaflow.datasets.videos import PERSON_LABELS
-    from vaflow.extract.faces.people import ALL
+    from vaflow.extract.faces.choice import ALL
 
     whole = dataset = open_dataset(root, layout)
     log_left_out(dataset, (PERSON_LABELS,) if config.person == ALL else ())
