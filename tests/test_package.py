@@ -53,3 +53,9 @@ def test_linked_packages_point_to_the_source_tree() -> None:
         link = ROOT / "vaflow" / name
         assert link.is_symlink()
         assert link.resolve() == ROOT / name
+
+
+def test_modules_have_at_most_450_lines() -> None:
+    modules = [path for top in ("vaflow", "extract", "train") for path in (ROOT / top).rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): path.read_text("utf-8").count("\n") for path in modules}
+    assert len(lines) > 100 and {path: count for path, count in lines.items() if count > 450} == {}
