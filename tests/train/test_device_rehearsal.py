@@ -137,7 +137,7 @@ def test_every_mix_of_streams(streams, temporal):
     assert rehearse(streams, temporal=temporal).device.type == "cuda"
 
 
-@pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 2, "dropout": 0.3}])
+@pytest.mark.parametrize("options", [{"layers": 2}, {"layers": 2, "dropout": 0.3}, {"per_direction": 3}])
 @pytest.mark.parametrize("temporal", ["gru", "lstm"])
 def test_every_recurrent_option(options, temporal):
     assert rehearse((VISUAL_STREAM, AUDIO_STREAM), temporal=temporal, temporal_options=options).device.type == "cuda"

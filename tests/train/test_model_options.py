@@ -91,7 +91,7 @@ def test_parameters_are_counted():
         ({"temporal": "grus"}, "temporal model.*gru, lstm, tcn, transformer.*Did you mean 'gru'"),
         ({"fusion": "gate"}, "fusion.*attention, attention-concat, concat, gated, hierarchical"),
         ({"normalize": "batch"}, "normalisation.*l2, layer, none, standard"),
-        ({"temporal_options": {"kernel_size": 3}}, "has no option 'kernel_size'.*dropout, layers"),
+        ({"temporal_options": {"kernel_size": 3}}, "has no option 'kernel_size'.*dropout, layers, per_direction"),
         ({"hidden": 7}, "even"),
     ],
 )

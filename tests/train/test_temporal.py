@@ -19,8 +19,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcn both ways": ("tcn", {"causal": False}),
     "tcn wide": ("tcn", {"kernel_size": 5, "layers": 2}),
     "gru stacked": ("gru", {"layers": 2}),
-    "lstm stacked": ("lstm", {"layers": 2}),
-    "transformer deep": ("transformer", {"layers": 3, "heads": 2}),
+    "gru projected": ("gru", {"per_direction": 7}),
+    "lstm projected": ("lstm", {"per_direction": 3, "layers": 2}),
+    "transformer deep": ("transformer", {"layers": 3, "heads": 2, "feedforward": 5}),
 }
 models = pytest.mark.parametrize("case", MODELS)
 
@@ -106,6 +107,14 @@ def test_the_backward_direction_starts_at_the_last_real_step(cell):
         sequence = x[row : row + 1, :length]
         forth, back = directions[0](sequence)[0], directions[1](sequence.flip(1))[0].flip(1)
         torch.testing.assert_close(out[row : row + 1, :length], torch.cat([forth, back], dim=-1))
+
+
+def test_directions_of_another_width_are_projected_back():
+    model = Recurrent(nn.GRU, WIDTH, HIDDEN, per_direction=HIDDEN).double()
+    x, inside = ragged()
+    raw = model.rnn(x[:1])[0]  # the first sequence has no padding
+    expected = raw @ model.back.weight.T + model.back.bias
+    torch.testing.assert_close(model(x, inside)[:1], expected)
 
 
 def naive_convolution(x: np.ndarray, convolution: Any, dilation: int, causal: bool) -> np.ndarray:

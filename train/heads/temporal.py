@@ -50,10 +50,11 @@ class Recurrent(nn.Module):
         input_size: width of x.
         hidden: width of the output, both directions together.
         layers: how many are stacked.
+        per_direction: width of each direction, where it is not half of `hidden`; projected back linearly.
         dropout: between stacked layers.
 
     Raises:
-        UsageError: `hidden` is odd.
+        UsageError: `hidden` is odd and no `per_direction` is given.
     """
 
     def __init__(
@@ -63,15 +64,24 @@ class Recurrent(nn.Module):
         hidden: int = 256,
         *,
         layers: int = 1,
+        per_direction: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if hidden % 2:
+        if per_direction is None and hidden % 2:
             raise UsageError(explain(f"hidden ({hidden}) must be even: half of it is for each direction"))
+        width = hidden // 2 if per_direction is None else per_direction
         self.input_size = input_size
-        between = dropout if layers > 1 else 0.0
-        self.rnn: Cell = cell(input_size, hidden // 2, layers, batch_first=True, bidirectional=True, dropout=between)
-        self.between = Dropout(between)  # between layers
+        self.rnn: Cell = cell(
+            input_size,
+            width,
+            layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if layers > 1 else 0.0,
+        )
+        self.between = Dropout(self.rnn.dropout)  # between layers
+        self.back = nn.Identity() if 2 * width == hidden else nn.Linear(2 * width, hidden)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         """x [B, T, input_size], inside [B, T] bool with its False entries at the end -> [B, T, hidden].
@@ -100,7 +110,7 @@ def run_together(models: Sequence[Recurrent], sequences: Sequence[Tensor], insid
     for model, x, inside in zip(models, sequences, insides, strict=True):
         check_sequence(x, inside, model.input_size)
     states = run_recurrent([model.rnn for model in models], sequences, insides, models[0].between)
-    return [y * inside.unsqueeze(-1) for y, inside in zip(states, insides, strict=True)]
+    return [model.back(y) * m.unsqueeze(-1) for model, y, m in zip(models, states, insides, strict=True)]
 
 
 class TCN(nn.Module):
@@ -204,6 +214,7 @@ class Transformer(nn.Module):
         hidden: width of the output.
         layers: encoder layers.
         heads: attention heads.
+        feedforward: width of the inner layer; twice `hidden` where None.
         dropout: in attention and feed-forward layers.
 
     Raises:
@@ -211,16 +222,31 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, hidden: int = 256, *, layers: int = 2, heads: int = 4, dropout: float = 0.0
+        self,
+        input_size: int,
+        hidden: int = 256,
+        *,
+        layers: int = 2,
+        heads: int = 4,
+        feedforward: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if hidden % heads or hidden % 2:
             raise UsageError(explain(f"hidden ({hidden}) must be a multiple of {math.lcm(2, heads)} (heads {heads})"))
         self.input_size = input_size
         self.project = nn.Identity() if input_size == hidden else nn.Linear(input_size, hidden)
-        options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": dropout}
         self.encoder = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, **options) for _ in range(layers)
+            nn.TransformerEncoderLayer(
+                hidden,
+                heads,
+                dim_feedforward=feedforward or 2 * hidden,
+                dropout=dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(hidden)
         self.positions = Sinusoids(hidden)
