@@ -33,7 +33,8 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import make_optimizer, seeded, train_step
+from vaflow.train.loop import seeded, train_step
+from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.session import Data
 from vaflow.train.stacked_epochs import Member, take_step

@@ -22,8 +22,9 @@ from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import make_optimizer, train_step
+from vaflow.train.loop import train_step
 from vaflow.train.metrics import SCORES
+from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.session import Data, LoadedSplits, Session, new_model, reproducible
 from vaflow.train.stacked_epochs import FAILURES, Member, fit_together, take_step

@@ -19,8 +19,9 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import score
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import adamw, fit, lr_factor, make_optimizer, seeded, train_step
+from vaflow.train.loop import fit, seeded, train_step
 from vaflow.train.losses import total_loss
+from vaflow.train.optimizer import adamw, lr_factor, make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.traces import predict_clips
 from vaflow.train.windows import StreamTable, WindowSet

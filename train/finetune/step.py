@@ -19,8 +19,9 @@ from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Augment, Backbone, Source
 from vaflow.train.heads import VAModel
-from vaflow.train.loop import adamw, batch_loss, seeded, update
+from vaflow.train.loop import batch_loss, seeded, update
 from vaflow.train.losses import REGIONS
+from vaflow.train.optimizer import adamw
 from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.
