@@ -20,7 +20,7 @@ from vaflow.train.batch import Batch, Output
 from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import score
-from vaflow.train.losses import WEIGHTS, total_loss
+from vaflow.train.losses import LOSS_SETTINGS, total_loss
 from vaflow.train.metrics import DIMENSIONS, SCORES, mean_over_dimensions, within_video_ccc
 from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.traces import Trace, predict_clips
@@ -53,7 +53,7 @@ PARTS = ("total", "ccc", "kl", "mse", "nll")
 
 def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted loss of a batch and its parts; see `total_loss`."""
-    weights = {name: getattr(config, name) for name in WEIGHTS}
+    weights = {name: getattr(config, name) for name in LOSS_SETTINGS}
     return total_loss(output, batch, hard=config.region_labels == "hard", **weights)
 
 

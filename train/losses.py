@@ -16,7 +16,7 @@ from vaflow.train.batch import Batch, Output, extra_loss
 
 CENTERS, SIGMA, KL_WEIGHT = 0.66, 0.45, 0.2  # the full model of the paper's tables
 REGIONS = 9
-WEIGHTS = ("kl_weight", "centers", "sigma", "mse_weight", "ccc_weight", "extra_weight", "nll_weight")  # settings
+LOSS_SETTINGS = ("kl_weight", "centers", "sigma", "mse_weight", "ccc_weight", "extra_weight", "nll_weight")
 BETA = 0.5  # of the likelihood in training
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from vaflow.train.batch import Batch, ExtraTargets
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.layers import dropout_masks
-from vaflow.train.losses import WEIGHTS, total_loss
+from vaflow.train.losses import LOSS_SETTINGS, total_loss
 
 CAPTURE_AFTER = 100  # steps with batches of one shape before such a step is captured, which takes seconds
 
@@ -63,7 +63,7 @@ class StackedModels:
         self._buffers = {name: torch.stack([tensors[name] for tensors in buffers]) for name in buffers[0]}
         self._weights: dict[str, Any] = {
             name: torch.tensor([float(getattr(config, name)) for config in configs], device=device)
-            for name in WEIGHTS
+            for name in LOSS_SETTINGS
             if name not in ("mse_weight", "nll_weight") or getattr(configs[0], name)
         }
         self._limits = torch.tensor([config.clip_norm or torch.inf for config in configs], device=device)

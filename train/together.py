@@ -23,6 +23,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.inputs import resolve
 from vaflow.train.loop import train_step
+from vaflow.train.losses import LOSS_SETTINGS
 from vaflow.train.metrics import SCORES
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import RunFolder
@@ -43,8 +44,7 @@ OPEN_EPOCHS = 15  # assumed number of epochs with epochs=auto
 # Settings that may differ between runs of a batch.
 VARYING = {
     *("seed", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "epochs", "patience", "best", "prompts"),
-    *("kl_weight", "mse_weight", "ccc_weight", "extra_weight", "nll_weight", "centers", "sigma"),
-    *("dropout", "modality_dropout"),
+    *("dropout", "modality_dropout", *LOSS_SETTINGS),
 }
 FOLD = {"fold", "train_split", "val_split"}  # likewise, in a cross-validation: folds share the loaded clips
 T = TypeVar("T")

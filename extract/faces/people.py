@@ -2,9 +2,6 @@
 
 Crops of all faces are kept, as the JPEG files that are encoded and stored, until the end of the clip shows who is who:
 in memory up to `MEMORY_BYTES`, beyond that in a temporary file. So the video is decoded once.
-
-One person is chosen from the arrays of the `faces` stream that is stored, so that a later choice without the video is
-the same.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -63,10 +63,18 @@ FORMS: Mapping[str, tuple[EncoderKind, str]] = {
     "opensmile": ("audio", "opensmile:eGeMAPSv02[/functionals]"),
 }
 # fmt: on
-BUILDERS = {"clip": "clip.build", "ast": "ast.build", "hf": "huggingface.build", "onnx": "onnx_models.build"}
-BUILDERS |= {"timm": "image_models.build_timm", "resnet": "image_models.build_resnet", "vggish": "vggish.build"}
-BUILDERS |= {"opensmile": "audio_models.build_opensmile", "resemblyzer": "audio_models.build_resemblyzer"}
-BUILDERS |= {"tiny": "tiny.build"}
+BUILDERS = {
+    "clip": "clip.build",
+    "ast": "ast.build",
+    "hf": "huggingface.build",
+    "onnx": "onnx_models.build",
+    "timm": "image_models.build_timm",
+    "resnet": "image_models.build_resnet",
+    "vggish": "vggish.build",
+    "opensmile": "audio_models.build_opensmile",
+    "resemblyzer": "audio_models.build_resemblyzer",
+    "tiny": "tiny.build",
+}
 WITHOUT_LAYERS = ("resnet", "vggish", "resemblyzer", "onnx", "opensmile", "logmel")
 
 
