@@ -31,9 +31,9 @@ from vaflow.cache import open_cache
 from vaflow.device import choose_device, keep_memory
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
+from vaflow.train.epochs import seeded, train_step
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import seeded, train_step
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.session import Data

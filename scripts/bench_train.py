@@ -46,9 +46,9 @@ from vaflow.timeline import Grid
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
+from vaflow.train.epochs import seeded, train_step
 from vaflow.train.heads import temporal
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import seeded, train_step
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.windows import WindowSet

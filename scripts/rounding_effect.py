@@ -103,8 +103,8 @@ def predictions(run: Path, cache: Path) -> tuple[np.ndarray, float]:
     """Of every frame of the validation split, [N, 2] in one order, and their mean CCC."""
     from vaflow.cache import open_cache
     from vaflow.train.data import load_split
-    from vaflow.train.evaluate import score
     from vaflow.train.run_folder import load_run
+    from vaflow.train.scores import score
     from vaflow.train.traces import predict_clips
 
     trained_run = load_run(run)

@@ -20,7 +20,8 @@ from vaflow.extract.streams import SOURCES
 from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.evaluate import evaluate_run
+from vaflow.train.training import train_run
 
 SPLITS = {"a": "train", "b": "train", "sub/c": "val", "d": "val"}
 IDENTITY = {"encoder": "toy", "weights": "0123456789abcdef" * 2}

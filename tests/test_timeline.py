@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.errors import UsageError
-from vaflow.timeline import Grid, extend, median_interval, nearest, stitch
+from vaflow.timeline import Grid, extend, median_interval, nearest
+from vaflow.train.traces import stitch
 
 GRIDS = [Grid(), Grid(10, 3, 16), Grid(10, 10, 20), Grid(4, 1.5, 7), Grid(12, 5, 300), Grid(0.7, 0.3, 3), Grid(2, 2, 1)]
 DURATIONS = [0.0, 0.2, 0.5, 3.0, 9.5, 9.99, 10.0, 10.001, 10.5, 13.0, 13.2, 61.7, 599.96]

@@ -23,18 +23,18 @@ import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.device import choose_device
+from vaflow.encoders import warn_of_demonstration
 from vaflow.errors import CorruptError, DataError, UsageError, command, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import check_complete, failed_items, score, score_traces
+from vaflow.train.evaluate import read_for
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_sources import Maker, prediction_folders, read_sources, write_evaluation
 from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.run_record import RunRecord
-from vaflow.train.session import warn_of_demonstration
+from vaflow.train.scores import check_complete, failed_items, score, score_traces
 from vaflow.train.traces import Trace
-from vaflow.train.training import read_for
 from vaflow.train.uncertainty import (
     Calibration,
     calibrate,

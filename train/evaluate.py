@@ -1,227 +1,218 @@
-"""Scores of traces on a split: checks, metrics, groups, warnings. The frames of all clips are concatenated (ABAW)."""
+"""Evaluation of a finished run on a split of a cache, and the choice of its smoothing."""
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-from torch import nn
-
-from vaflow.cache import Cache
-from vaflow.errors import DataError, count, examples, explain
+from vaflow.cache import Cache, address, is_cache, open_cache
+from vaflow.device import choose_device
+from vaflow.encoders import warn_of_demonstration
+from vaflow.errors import CacheError, UsageError, count, examples, explain
 from vaflow.failures import read_failures
-from vaflow.timeline import Bools, Floats
-from vaflow.train import metrics
-from vaflow.train.batch import extra_scores
-from vaflow.train.groups import Groups, Scored, by_group, source_splits
-from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
-from vaflow.train.traces import Trace, predict_clips
-from vaflow.train.windows import ClipRows, WindowSet
+from vaflow.train.config import NONE, TrainConfig
+from vaflow.train.data import load_split
+from vaflow.train.groups import Groups, split_items
+from vaflow.train.inputs import InputStream, check_same
+from vaflow.train.prediction_sources import Maker, write_evaluation
+from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
+from vaflow.train.run_record import (
+    ClipDigest,
+    RunRecord,
+    cache_places,
+    clip_digests,
+    shared_recordings,
+)
+from vaflow.train.scores import check_complete, failed_items, featureless, score_traces
+from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
+from vaflow.train.traces import Trace
+from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
+from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
 
-NEARLY_CONSTANT = 0.02  # standard deviation of predictions below which a warning is given
-CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
 
-
-def score(traces: Iterable[Trace]) -> Floats:
-    """Concatenated CCC, [3]: valence, arousal and their mean (over the labelled dimensions)."""
-    ccc = metrics.concordance_of_moments(np.asarray(sum(trace_moments(trace) for trace in traces)))
-    return np.append(ccc, metrics.mean_over_dimensions(ccc))
-
-
-def trace_moments(trace: Trace) -> Floats:
-    """`metrics.video_moments` of one clip."""
-    return metrics.video_moments(trace.va, _label(trace.clip), trace.clip.valid)
-
-
-def _label(clip: ClipRows) -> Floats:
-    return np.where(clip.valid, clip.value, 0.0)
-
-
-def featureless(windows: WindowSet) -> list[ClipRows]:
-    """Clips without features in any stream: their extraction failed."""
-    return [clip for clip in windows.clips if len(clip.missing) == len(windows.streams)]
-
-
-def failed_items(cache: Cache, split: str, fold_splits: Sequence[str] = ()) -> list[str]:
-    """Clips that the failure lists of a cache name and that the cache lacks.
-
-    An entry without a split counts for every split; one of `fold_splits` counts for each of their folds.
-    """
-    splits = source_splits(split, fold_splits)
-    known = set(cache.items())
-    failures = read_failures(cache.path)
-    of_splits = [failure for failure in failures if failure.details.get("split", splits[0]) in splits]
-    return sorted({failure.item for failure in of_splits if failure.item not in known})
-
-
-def evaluate_windows(
-    model: nn.Module,
-    windows: WindowSet,
-    split: str,
+def evaluate_run(
+    run: Path,
+    cache: Cache,
+    split: str | None = None,
     *,
-    centers: float = 0.66,
+    device: str = "auto",
     allow_missing: bool = False,
-    failed: Sequence[str] = (),
-    resamples: int = 10_000,
-) -> tuple[dict[str, Any], list[Trace]]:
-    """Predict a labelled split and score it; returns the metrics, as in `metrics.json`, and every clip's trace.
+    write: bool = True,
+    show: bool = False,
+    without: str | None = None,
+    groups: Groups | None = None,
+    smoothing: Smoothing | Literal["stored"] | None = "stored",
+    fold_splits: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """Score a finished run on a split of a cache, and write the predictions into the run's folder.
 
     Args:
-        centers: distance of the outer region centers from 0.
-        allow_missing: leave out labelled clips without any features, instead of failing.
-        failed: clips of the split that the cache lacks.
-        resamples: bootstrap resamples over videos.
+        cache: the one it was trained on, or another with the same streams.
+        split: None: the run's validation split.
+        allow_missing: leave labelled clips without features out of the metrics.
+        write: write `predictions/<split>/`, and `metrics.json` where this is the split that it is about.
+        without: "visual" or "audio": mark that modality as missing everywhere.
+        groups: kind -> item -> group, for metrics of each group.
+        smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
+            this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
+        fold_splits: splits that are divided where `split` is a fold; None: those of the run.
 
     Raises:
-        DataError: labelled frames belong to clips without features, or nothing is labelled.
+        UsageError: the run is unfinished or no run, the split does not exist or is not annotated, the run does not
+            read the modality `without` or no other one, or the groups name none of the clips.
+        FingerprintError: the cache's streams were made with other settings than the run's.
+        DataError: features are unusable or missing; the clips are named.
     """
+    target = choose_device(device)
+    trained = load_run(run, target)
+    if smoothing != "stored":
+        trained = trained.with_smoothing(smoothing)
+    config = trained.record.config
+    warn_of_demonstration((*config.visual, *config.audio))
+    split = config.val_split if split is None else split
+    divided = config.fold_splits if fold_splits is None else fold_splits
+
+    def read(streams: Sequence[InputStream], settings: TrainConfig) -> WindowSet:
+        return load_split(cache, split, streams, replace(settings, fold_splits=divided), device=target, show=show)
+
+    windows = read_for(run, trained.record, cache, read)
+    failed = failed_items(cache, split, divided)
     lost = check_complete(windows, failed, allow_missing)
-    traces = list(predict_clips(model, windows, centers=centers))
-    return score_traces(traces, split, lost, failed, centers=centers, resamples=resamples), traces
-
-
-def score_traces(
-    traces: Sequence[Trace],
-    split: str,
-    lost: Sequence[ClipRows] = (),
-    failed: Sequence[str] = (),
-    *,
-    centers: float = 0.66,
-    resamples: int = 10_000,
-    groups: Groups | None = None,
-) -> dict[str, Any]:
-    """Metrics of a whole split, as in `metrics.json`; `lost` and `failed` clips are left out and listed.
-
-    Raises:
-        DataError: nothing is labelled.
-        UsageError: `groups` names none of the clips.
-    """
-    names = {clip.item for clip in lost}
-    used = [trace for trace in traces if trace.clip.valid.any() and trace.clip.item not in names]
-    if not used:
-        raise DataError(explain(f"No frame of split {split!r} can be scored", expected="annotated clips with features"))
-    report = measure(used, split, centers=centers, resamples=resamples)
-    report["missing"] = {
-        "clips": sorted({*names, *failed}),
-        "frames": int(sum(clip.valid.any(axis=1).sum() for clip in lost)),
-        "streams": dict(Counter(name for trace in used for name in trace.clip.missing)),
-    }
-    pairs = {name: [(t.clip.extra[name], t.extra[name]) for t in used] for name in used[0].extra}
-    report |= {"extra": extra_scores(pairs)} if pairs else {}
-    if groups is not None:
-        clips = [Scored(t.clip.item, t.clip.group, t.va, _label(t.clip), t.clip.valid) for t in used]
-        report["by_group"] = by_group(clips, groups)
+    traces = list(trained.traces(windows if without is None else without_modality(windows, without)))
+    report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)
+    if trained.calibration is not None and not without:
+        used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
+        report |= uncertainty_report(used, split, trained.calibration.split)
+    items = [trace.clip.item for trace in traces]
+    report["warnings"] += outdated_clips(cache, split, items)
+    report["warnings"] += _shared_recordings(run, trained.record, cache, split, items)
+    report |= {"without": without} if without else {}
+    report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
+    if write:
+        folder = RunFolder(Path(run))
+        name = f"{split}-without-{without}" if without else split
+        if smoothing != "stored":
+            name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
+        maker = Maker(folder.path, {folder.path: trained.record})
+        write_evaluation(folder.output_folder(name), maker, cache, traces)
+        if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
+            folder.update_metrics(report)
     return report
 
 
-def check_complete(windows: WindowSet, failed: Sequence[str], allow_missing: bool) -> list[ClipRows]:
-    """Return the labelled clips that cannot be scored.
+def outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
+    """Warnings about clips that failed when they were extracted last, so that the cache holds earlier data of them."""
+    listed: dict[str, float] = {}
+    for failure in read_failures(cache.path):
+        if failure.stage != "features":  # of an import
+            listed[failure.item] = max(failure.listed, listed.get(failure.item, 0.0))
+    failed = [item for item in sorted(listed.keys() & set(items)) if _last_commit(cache, item) <= listed[item]]
+    if not failed:
+        return []
+    clips = f"{count(len(failed), 'clip')} ({examples(failed)})"
+    return [f"{split}: the last extraction failed for {clips}; earlier data are used"]
+
+
+def _last_commit(cache: Cache, item: str) -> float:
+    """When a stream of an item was last written, in seconds since 1970: lists of other shards may be older."""
+    created = [cache.record(stream, item).created for stream in cache.streams() if cache.has(stream, item)]
+    try:
+        return max((datetime.fromisoformat(time).timestamp() for time in created if time), default=0.0)
+    except (ValueError, OverflowError):  # another program's record
+        return 0.0
+
+
+def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
+    """Warnings about clips that share a file with each other, or with clips that the run was trained on."""
+    config = record.config
+    streams = [stream.name for stream in record.streams if stream.name in cache.streams()]
+    train: dict[str, ClipDigest] = {}
+    places = [place for place in cache_places(run, record) if "://" not in place and is_cache(place)]
+    if places and split != config.train_split:
+        try:
+            trained_on = cache if address(cache.place) in places else open_cache(places[0])
+            train = clip_digests(trained_on, (), split_items(trained_on, config.train_split, config.fold_splits))
+        except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
+            log.warning("Not compared with the clips that %s was trained on: %s", run, error)
+    return shared_recordings(split, clip_digests(cache, streams, items), train)
+
+
+def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:
+    """Load clips of a cache as inputs of a run; a fine-tuned run encodes them with its encoders.
+
+    Args:
+        cache: holds the clips; features that were extracted with the run's encoders are used unchanged.
+        read: streams, settings -> the clips.
 
     Raises:
-        DataError: there are such clips and `allow_missing` is not set; the frames are counted and the clips named.
+        UsageError: the cache lacks a stream, or the pixels that the run's own encoders read.
+        FingerprintError: the cache's streams were made with other settings than the run's.
+        DataError: features are unusable; the clips are named.
     """
-    lost = [clip for clip in featureless(windows) if clip.valid.any()]
-    if not lost and not failed:
-        return []
-    frames = sum(int(clip.valid.any(axis=1).sum()) for clip in lost)
-    items = [*(clip.item for clip in lost), *failed]
-    problem = f"{frames} labelled frames of {count(len(lost), 'clip')} have no features" if lost else ""
-    absent = f"{count(len(failed), 'clip')} could not be extracted" if failed else ""
-    message = f"{'; '.join(filter(None, (problem, absent)))}: {examples(items)}"
-    if allow_missing:
-        log.warning("%s. The metrics leave them out (--allow-missing)", message)
-        return lost
-    expected = "features of every labelled clip: a score of a part of the split is not comparable"
-    remedy = "Run `vaflow extract` again, or leave them out with --allow-missing"
-    raise DataError(explain(f"Some labelled clips cannot be scored. {message}", expected=expected, remedy=remedy))
+    if record.tuned:
+        from vaflow.train.finetune import made_by_run, tuned_windows
+
+        if not made_by_run(record, cache):
+            check_same(record.streams, cache)
+            windows = read(record.streams, record.config)
+            return tuned_windows(run, record, cache, windows)
+    check_same(record.head_streams, cache)
+    return read(record.head_streams, record.config)
 
 
-def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resamples: int = 10_000) -> dict[str, Any]:
-    """Metrics of labelled traces, as plain values for JSON; None where a dimension has no labels.
+def choose_smoothing(
+    run: Path, cache: Cache, kind: str, seconds: float | None = None, *, device: str = "auto", show: bool = False
+) -> Smoothing | None:
+    """Choose a smoothing for a run's traces, None for the kind "none"; nothing is stored.
 
-    The interval needs at least two videos; with one it is None.
+    Args:
+        kind: "mean", "savgol", or "none".
+        seconds: width; None: the one with the best mean CCC on the run's validation split.
+
+    Raises:
+        UsageError: an unknown kind, a negative width, or not a run.
+        FingerprintError: the cache's streams were made with other settings than the run's.
     """
-    prediction = np.concatenate([trace.va for trace in traces])
-    label = np.concatenate([_label(trace.clip) for trace in traces])
-    valid = np.concatenate([trace.clip.valid for trace in traces])
-    by_video: dict[str, Floats] = {}
-    for trace in traces:
-        by_video[trace.clip.group] = by_video.get(trace.clip.group, 0) + trace_moments(trace)
-    ci95: dict[str, list[float | None]] = {name: [None, None] for name in SCORES}
-    if len(by_video) > 1:  # resampling one video gives that video again: an interval of width 0
-        interval = metrics.bootstrap_interval(list(by_video.values()), resamples=resamples)
-        ci95 = {name: [plain(edge) for edge in edges] for name, edges in zip(SCORES, interval, strict=True)}
-    within, excluded = metrics.within_video_ccc((t.va, _label(t.clip), t.clip.valid) for t in traces)
-    report = {
-        "split": split,
-        "n_frames": int(valid.any(axis=1).sum()),
-        "n_videos": len(by_video),
-        "n_clips": len(traces),
-        "ccc": by_dimension(metrics.concordance(prediction, label, valid), mean=True),
-        "ci95": ci95,
-        "within_video_ccc": by_dimension(within, mean=True)
-        | {"excluded": dict(zip(DIMENSIONS, excluded.tolist(), strict=True))},
-        "rmse": by_dimension(metrics.rmse(prediction, label, valid), mean=True),
-        "pearson": by_dimension(metrics.pearson(prediction, label, valid), mean=True),
-        "smoothness": {
-            "prediction": by_dimension(_smoothness((t.clip, t.va) for t in traces)),
-            "label": by_dimension(_smoothness((t.clip, t.clip.value) for t in traces)),
-        },
-        "by_intensity": by_intensity(prediction, label, valid),
-        "warnings": label_warnings(label, valid) + prediction_warnings(prediction, valid),
-    }
-    regions = region_accuracy(traces, centers)
-    return report | ({"regions": regions} if regions else {})
+    if kind not in (NONE, *FILTERS):
+        raise UsageError(explain("Unknown smoothing", got=kind, choices=(NONE, *FILTERS)))
+    if kind == NONE:
+        return None
+    if seconds is not None:
+        return Smoothing(kind, seconds)
+    traces, config = _validation_traces(run, cache, None, device, show)
+    return choose_width(traces, kind, config.val_split, candidate_widths(traces, config.grid.step))
 
 
-def _smoothness(pairs: Iterable[tuple[ClipRows, Floats]]) -> Floats:
-    """Mean over clips of the mean absolute change per second, over the labelled frames of each dimension, [2]."""
-    rates = []
-    for clip, value in pairs:
-        masks = [clip.valid[:, k] for k in range(2)]
-        rates.append([float(metrics.smoothness(value[m, k : k + 1], clip.time[m])[0]) for k, m in enumerate(masks)])
-    table = np.array(rates)
-    finite = np.isfinite(table)
-    total = np.where(finite, table, 0).sum(axis=0)
-    return np.where(finite.any(axis=0), total / np.maximum(finite.sum(axis=0), 1), np.nan)
+def store_smoothing(
+    run: Path, cache: Cache, smoothing: Smoothing | None, *, device: str = "auto", show: bool = False
+) -> None:
+    """Store a smoothing with a run, and calibrate the standard deviations of a run with a variance head for it.
+
+    Raises:
+        UsageError, FingerprintError: as `choose_smoothing`.
+    """
+    calibration = None
+    if require_record(run).config.uncertainty != NONE:
+        traces, config = _validation_traces(run, cache, smoothing, device, show)
+        calibration = calibrate(traces, config.val_split, width_of(smoothing))
+    write_smoothing(run, smoothing)
+    if calibration is not None:
+        write_calibration(run, calibration)
 
 
-def region_accuracy(traces: Sequence[Trace], centers: float) -> dict[str, Any]:
-    """Share of frames whose most likely region is the label's, and the share of the most frequent region."""
-    right, counts = 0, np.zeros(9, np.int64)
-    for trace in traces:
-        both = trace.clip.valid.all(axis=1)
-        if trace.regions is None or not both.any():
-            continue
-        truth = metrics.region_of(trace.clip.value[both], centers)
-        right += int((trace.regions[both].argmax(axis=-1) == truth).sum())
-        counts += np.bincount(truth, minlength=9)
-    total = int(counts.sum())
-    return {"accuracy": right / total, "commonest": int(counts.max()) / total} if total else {}
-
-
-def prediction_warnings(prediction: Floats, valid: Bools) -> list[str]:
-    """Warnings about the predictions of a split, [N, 2] with their mask."""
-    columns = {name: prediction[valid[:, k], k] for k, name in enumerate(DIMENSIONS)}
-    return [
-        f"predictions of {name} are nearly constant (standard deviation {x.std():.2g})"
-        for name, x in columns.items()
-        if x.size and x.std() < NEARLY_CONSTANT
-    ]
-
-
-def label_warnings(label: Floats, valid: Bools) -> list[str]:
-    """Warnings about the labels of a split, [N, 2] with their mask."""
-    warnings = []
-    for k, name in enumerate(DIMENSIONS):
-        y = label[valid[:, k], k]
-        if not y.size:
-            warnings.append(f"{name} is not labelled in this split")
-        elif y.std() < CONSTANT_LABEL:
-            warnings.append(
-                f"labels of {name} are nearly constant (standard deviation {y.std():.2g}): their CCC is meaningless"
-            )
-    return warnings
+def _validation_traces(
+    run: Path, cache: Cache, smoothing: Smoothing | None, device: str, show: bool
+) -> tuple[Sequence[Trace], TrainConfig]:
+    """Traces of a run on its validation split, not calibrated, of the clips with features; and its settings."""
+    target = choose_device(device)
+    trained = replace(load_run(run, target), smoothing=smoothing)
+    config = trained.record.config
+    read = partial(load_split, cache, config.val_split, device=target, show=show)
+    windows = read_for(run, trained.record, cache, read)
+    lost = {clip.item for clip in featureless(windows)}
+    return [trace for trace in trained.raw_traces(windows) if trace.clip.item not in lost], config

@@ -24,6 +24,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.config import TrainConfig, merge, to_toml
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.groups import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder
@@ -44,7 +45,6 @@ from vaflow.train.search_trials import (
 )
 from vaflow.train.stacked_epochs import FAILURES
 from vaflow.train.together import one_thread
-from vaflow.train.training import evaluate_run
 
 LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
 WIDTH, HEIGHT = 860, 260  # pixels of the plot

@@ -18,7 +18,7 @@ from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import append_line
 from vaflow.settings import settings_of
 from vaflow.train.config import AUTO, TrainConfig, coerce, merge
-from vaflow.train.loop import seed_from
+from vaflow.train.epochs import seed_from
 from vaflow.train.together import check_mode
 
 if TYPE_CHECKING:

@@ -1,15 +1,13 @@
-"""Shared parts of training heads and fine-tuning: data, checks, new heads, progress (log, bar, TensorBoard), files."""
+"""What training of heads and fine-tuning share: loaded splits, new heads, checks, and the files of a run."""
 
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -19,22 +17,22 @@ from vaflow.cache import Cache
 from vaflow.device import choose_device, forbid_tf32, keep_memory
 from vaflow.encoders import build_encoder, context_tower, demonstration_notice
 from vaflow.encoders.clip import ContextTower
-from vaflow.encoders.prompts import region_table
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.files import write_tensors
 from vaflow.settings import settings_of
 from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import check_annotated, load_split, load_windows
-from vaflow.train.evaluate import check_complete, evaluate_windows, failed_items, featureless, label_warnings
+from vaflow.train.epochs import seeded
 from vaflow.train.groups import fold_items, split_items
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.loop import seeded
-from vaflow.train.metrics import DIMENSIONS, SCORES, region_occupancy
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_sources import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, build_model, load_run, require_record
 from vaflow.train.run_record import RunRecord, is_utf8
+from vaflow.train.scores import check_complete, evaluate_windows, failed_items
+from vaflow.train.training_log import describe, reporter, tensorboard_writer, warn_of_labels
 from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
 from vaflow.train.windows import WindowSet
 
@@ -291,99 +289,3 @@ def reproducible(session: Session, device: torch.device) -> Iterator[Session]:
         yield replace(session, record=replace(session.record, environment=environment))
     finally:
         torch.set_deterministic_debug_mode(before)
-
-
-def describe(config: TrainConfig, train: WindowSet, val: WindowSet) -> None:
-    """Log the sizes of both splits, missing features, unused windows and the distribution of the labels."""
-    warn_of_demonstration((*config.visual, *config.audio))
-    for split, windows in ((config.train_split, train), (config.val_split, val)):
-        left_out = len(windows) - len(windows.trainable)
-        sizes = len(windows.clips), len(windows), windows.labelled_rows
-        log.info("%s: %d clips, %d windows, %d labelled frames", split, *sizes)
-        if windows is train and left_out:
-            log.info("%s: %d windows without any label are left out of training", split, left_out)
-        for stream in windows.streams:
-            lacking = sum(stream.name in clip.missing for clip in windows.clips)
-            if lacking:
-                log.warning("%s: %d of %d clips have no %s", split, lacking, len(windows.clips), stream.name)
-        if featureless(windows):
-            log.warning("%s: %d clips have no features at all", split, len(featureless(windows)))
-    log.info("%s", describe_labels(train, config.centers))
-    if config.text and config.kl_weight and not any(clip.valid.all(axis=1).any() for clip in train.clips):
-        log.warning(
-            "%s: no frame is labelled in both dimensions, so the prompt loss is 0; leave the prompt head out with "
-            "--kl-weight 0",
-            config.train_split,
-        )
-    warn_of_labels(config, train)
-
-
-def warn_of_demonstration(streams: Iterable[str]) -> None:
-    """Log that encoders with random weights are used, if they are."""
-    notice = demonstration_notice(streams)
-    if notice:
-        log.warning("%s", notice)
-
-
-def describe_labels(windows: WindowSet, centers: float) -> str:
-    """Percentages of labelled frames per region, as a table: valence in rows, arousal in columns."""
-    value = np.concatenate([clip.value for clip in windows.clips])
-    valid = np.concatenate([clip.valid for clip in windows.clips])
-    share = region_occupancy(np.where(valid, value, 0), valid, centers)
-    if not np.isfinite(share).all():
-        return "No frame is labelled in both dimensions: the labels have no regions"
-    return f"Share of labelled frames per region:\n{region_table(share.tolist())}"
-
-
-def warn_of_labels(config: TrainConfig, train: WindowSet) -> list[str]:
-    """Log warnings about nearly constant labels and return them."""
-    label = np.concatenate([clip.value for clip in train.clips])
-    valid = np.concatenate([clip.valid for clip in train.clips])
-    warnings = [f"{config.train_split}: {warning}" for warning in label_warnings(label, valid)]
-    for warning in warnings:
-        log.warning("%s", warning)
-    return warnings
-
-
-def reporter(config: TrainConfig, bar: "tqdm[Any]", write: Callable[[Row], None] | None) -> Callable[[Row], None]:
-    """A function that reports an epoch to the progress bar, the log and TensorBoard."""
-
-    def score(value: float) -> str:
-        return "-" if np.isnan(value) else f"{value:.3f}"  # a dimension can lack labels
-
-    def report(row: Row) -> None:
-        bar.n = int(row["epoch"])
-        bar.set_postfix_str(f"val CCC {row['val_ccc_mean']:.3f}")
-        scores = "  ".join(f"{name} {score(row[f'val_ccc_{name}'])}" for name in SCORES)
-        last = "" if config.epochs == AUTO else f"/{config.epochs}"
-        # fits a terminal of 80 columns
-        log.info("epoch %2d%s  loss %.3f  val CCC  %s", row["epoch"], last, row["loss_total"], scores)
-        if write is not None:
-            write(row)
-
-    return report
-
-
-@contextmanager
-def tensorboard_writer(folder: Path) -> Iterator[Callable[[Row], None]]:
-    """A function that writes the values of one epoch to event files of TensorBoard, which is imported here."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    hook = threading.excepthook
-
-    def failed(arguments: threading.ExceptHookArgs) -> None:
-        """Silence a write error of the event thread: the next epoch raises it again."""
-        if arguments.exc_type is None or not issubclass(arguments.exc_type, OSError):
-            hook(arguments)
-
-    def add(row: Row) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                writer.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
-
-    threading.excepthook = failed
-    try:
-        with closing(SummaryWriter(str(folder))) as writer:
-            yield add
-    finally:
-        threading.excepthook = hook

@@ -18,7 +18,7 @@ import numpy as np
 from vaflow.errors import CorruptError, UsageError, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats, Ints, median_interval
-from vaflow.train.evaluate import score
+from vaflow.train.scores import score
 from vaflow.train.traces import Trace
 
 ORDER = 2  # of the polynomial; in the middle of regular frames, 3 gives the same

@@ -17,7 +17,7 @@ from vaflow.errors import VaflowError
 from vaflow.train.batch import Batch
 from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
 from vaflow.train.config import TrainConfig
-from vaflow.train.loop import check_finite, end_epoch, epoch_losses, in_order, is_finished, seed_from
+from vaflow.train.epochs import check_finite, end_epoch, epoch_losses, in_order, is_finished, seed_from
 from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.session import Data
 from vaflow.train.stacked_models import StackedModels, stacked_batch

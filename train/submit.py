@@ -20,10 +20,10 @@ from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of, warn_of_changed_members
-from vaflow.train.evaluate import featureless
+from vaflow.train.evaluate import read_for
 from vaflow.train.prediction_sources import write_sources_of_file
 from vaflow.train.run_folder import load_run
-from vaflow.train.training import read_for
+from vaflow.train.scores import featureless
 
 HEADER = "image_location,valence,arousal"
 _LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]{1,9})\.(?:jpg|jpeg|png)", re.IGNORECASE)

@@ -21,8 +21,8 @@ from vaflow.device import choose_device, keep_memory
 from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.epochs import train_step
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import train_step
 from vaflow.train.losses import LOSS_SETTINGS
 from vaflow.train.metrics import SCORES
 from vaflow.train.optimizer import make_optimizer

@@ -1,6 +1,6 @@
 """Traces: a model's windows -> predictions for every frame of the clips, and their CSV files.
 
-Overlapping windows are averaged, and values are clipped to [-1, 1].
+`stitch` averages overlapping windows, and values are clipped to [-1, 1].
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from vaflow.datasets.files import below
 from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError, explain
 from vaflow.files import write_file
-from vaflow.timeline import Bools, Floats, Ints, nearest, stitch
+from vaflow.timeline import Bools, Floats, Ints, nearest
 from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL, probabilities
 from vaflow.train.losses import CENTERS
@@ -121,6 +121,36 @@ def predict_clips(
         between = between_samples(windows, clip)
         va = np.clip(traces["va"], -1, 1)
         yield Trace(clip, va, traces.get("regions"), extra, face, audio, centers, between, std)
+
+
+def stitch(time: Floats, value: Floats, valid: Bools, query: Floats) -> Floats:
+    """Merge the predictions of overlapping windows into a trace, linear between sample times, constant beyond them.
+
+    Predictions of several windows for one time are averaged.
+
+    Args:
+        time: [W, S] seconds of every sample of every window; equal times must be equal numbers.
+        value: [W, S, K] predictions at these times.
+        valid: [W, S] False for padding, whose value is ignored.
+        query: [N] seconds at which the trace is evaluated.
+
+    Returns:
+        [N, K], float64.
+
+    Raises:
+        ValueError: shapes disagree, or no sample is valid.
+    """
+    time, value, valid = np.asarray(time, np.float64), np.asarray(value, np.float64), np.asarray(valid, bool)
+    if time.shape != valid.shape or value.shape[:-1] != time.shape:
+        raise ValueError(f"stitch: shapes disagree: time {time.shape}, value {value.shape}, valid {valid.shape}")
+    if not valid.any():
+        raise ValueError("stitch: no valid sample")
+    instants, index = np.unique(time[valid], return_inverse=True)
+    samples = value[valid]
+    total = np.zeros((instants.size, samples.shape[-1]))
+    np.add.at(total, index, samples)
+    mean = total / np.bincount(index, minlength=instants.size)[:, None]
+    return np.stack([np.interp(query, instants, column) for column in mean.T], axis=-1)
 
 
 def between_samples(windows: WindowSet, clip: ClipRows) -> Bools:

@@ -1,33 +1,27 @@
-"""Training and evaluation of a run, the choice of its smoothing, and reading of clips for it."""
+"""Training of a run: its first start, its continuation, and the comparison of its clips and settings with the start."""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from vaflow.cache import Cache, address, is_cache, open_cache
+from vaflow.cache import Cache
 from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
-from vaflow.errors import CacheError, UsageError, count, examples, explain
-from vaflow.failures import read_failures
+from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
-from vaflow.train.config import AUTO, NONE, TrainConfig
-from vaflow.train.data import check_has_clips, load_split
-from vaflow.train.evaluate import check_complete, failed_items, featureless, score_traces
-from vaflow.train.groups import Groups, split_items
-from vaflow.train.inputs import InputStream, check_same, resolve
-from vaflow.train.loop import fit
-from vaflow.train.prediction_sources import Maker, write_evaluation
-from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
+from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.data import check_has_clips
+from vaflow.train.epochs import fit
+from vaflow.train.evaluate import outdated_clips
+from vaflow.train.groups import split_items
+from vaflow.train.inputs import resolve
+from vaflow.train.run_folder import RunFolder
 from vaflow.train.run_record import (
-    ClipDigest,
     RunRecord,
-    cache_places,
     changes,
     check_splits_apart,
     check_unchanged,
@@ -36,11 +30,7 @@ from vaflow.train.run_record import (
     shared_recordings,
     to_json,
 )
-from vaflow.train.session import Data, Session, load_data, new_model, reproducible, warn_of_demonstration
-from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
-from vaflow.train.traces import Trace
-from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
-from vaflow.train.windows import WindowSet, without_modality
+from vaflow.train.session import Data, Session, load_data, new_model, reproducible
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +153,7 @@ def _check_clips(session: Session) -> RunRecord | None:
         if not config.shared_sources and config.train_split != config.val_split:
             check_splits_apart(splits[config.train_split], splits[config.val_split])
         for split, clips in splits.items():
-            for warning in (*shared_recordings(split, clips), *_outdated_clips(cache, split, clips)):
+            for warning in (*shared_recordings(split, clips), *outdated_clips(cache, split, clips)):
                 log.warning("%s", warning)
         if os.environ.get("RANK", "0") == "0":
             write_file(folder.clips_file, to_json(splits))
@@ -183,186 +173,3 @@ def is_finished(session: Session) -> bool:
         return True
     folder.metrics_file.unlink(missing_ok=True)
     return False
-
-
-def evaluate_run(
-    run: Path,
-    cache: Cache,
-    split: str | None = None,
-    *,
-    device: str = "auto",
-    allow_missing: bool = False,
-    write: bool = True,
-    show: bool = False,
-    without: str | None = None,
-    groups: Groups | None = None,
-    smoothing: Smoothing | Literal["stored"] | None = "stored",
-    fold_splits: tuple[str, ...] | None = None,
-) -> dict[str, Any]:
-    """Score a finished run on a split of a cache, and write the predictions into the run's folder.
-
-    Args:
-        cache: the one it was trained on, or another with the same streams.
-        split: None: the run's validation split.
-        allow_missing: leave labelled clips without features out of the metrics.
-        write: write `predictions/<split>/`, and `metrics.json` where this is the split that it is about.
-        without: "visual" or "audio": mark that modality as missing everywhere.
-        groups: kind -> item -> group, for metrics of each group.
-        smoothing: "stored": the one that `vaflow smooth` stored with the run, if any. Another one, or None, applies to
-            this evaluation only: predictions go to a folder of its own, and `metrics.json` stays.
-        fold_splits: splits that are divided where `split` is a fold; None: those of the run.
-
-    Raises:
-        UsageError: the run is unfinished or no run, the split does not exist or is not annotated, the run does not
-            read the modality `without` or no other one, or the groups name none of the clips.
-        FingerprintError: the cache's streams were made with other settings than the run's.
-        DataError: features are unusable or missing; the clips are named.
-    """
-    target = choose_device(device)
-    trained = load_run(run, target)
-    if smoothing != "stored":
-        trained = trained.with_smoothing(smoothing)
-    config = trained.record.config
-    warn_of_demonstration((*config.visual, *config.audio))
-    split = config.val_split if split is None else split
-    divided = config.fold_splits if fold_splits is None else fold_splits
-
-    def read(streams: Sequence[InputStream], settings: TrainConfig) -> WindowSet:
-        return load_split(cache, split, streams, replace(settings, fold_splits=divided), device=target, show=show)
-
-    windows = read_for(run, trained.record, cache, read)
-    failed = failed_items(cache, split, divided)
-    lost = check_complete(windows, failed, allow_missing)
-    traces = list(trained.traces(windows if without is None else without_modality(windows, without)))
-    report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)
-    if trained.calibration is not None and not without:
-        used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
-        report |= uncertainty_report(used, split, trained.calibration.split)
-    items = [trace.clip.item for trace in traces]
-    report["warnings"] += _outdated_clips(cache, split, items)
-    report["warnings"] += _shared_recordings(run, trained.record, cache, split, items)
-    report |= {"without": without} if without else {}
-    report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
-    if write:
-        folder = RunFolder(Path(run))
-        name = f"{split}-without-{without}" if without else split
-        if smoothing != "stored":
-            name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        maker = Maker(folder.path, {folder.path: trained.record})
-        write_evaluation(folder.output_folder(name), maker, cache, traces)
-        if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
-            folder.update_metrics(report)
-    return report
-
-
-def _outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
-    """Warnings about clips that failed when they were extracted last, so that the cache holds earlier data of them."""
-    listed: dict[str, float] = {}
-    for failure in read_failures(cache.path):
-        if failure.stage != "features":  # of an import
-            listed[failure.item] = max(failure.listed, listed.get(failure.item, 0.0))
-    failed = [item for item in sorted(listed.keys() & set(items)) if _last_commit(cache, item) <= listed[item]]
-    if not failed:
-        return []
-    clips = f"{count(len(failed), 'clip')} ({examples(failed)})"
-    return [f"{split}: the last extraction failed for {clips}; earlier data are used"]
-
-
-def _last_commit(cache: Cache, item: str) -> float:
-    """When a stream of an item was last written, in seconds since 1970: lists of other shards may be older."""
-    created = [cache.record(stream, item).created for stream in cache.streams() if cache.has(stream, item)]
-    try:
-        return max((datetime.fromisoformat(time).timestamp() for time in created if time), default=0.0)
-    except (ValueError, OverflowError):  # another program's record
-        return 0.0
-
-
-def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
-    """Warnings about clips that share a file with each other, or with clips that the run was trained on."""
-    config = record.config
-    streams = [stream.name for stream in record.streams if stream.name in cache.streams()]
-    train: dict[str, ClipDigest] = {}
-    places = [place for place in cache_places(run, record) if "://" not in place and is_cache(place)]
-    if places and split != config.train_split:
-        try:
-            trained_on = cache if address(cache.place) in places else open_cache(places[0])
-            train = clip_digests(trained_on, (), split_items(trained_on, config.train_split, config.fold_splits))
-        except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
-            log.warning("Not compared with the clips that %s was trained on: %s", run, error)
-    return shared_recordings(split, clip_digests(cache, streams, items), train)
-
-
-def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:
-    """Load clips of a cache as inputs of a run; a fine-tuned run encodes them with its encoders.
-
-    Args:
-        cache: holds the clips; features that were extracted with the run's encoders are used unchanged.
-        read: streams, settings -> the clips.
-
-    Raises:
-        UsageError: the cache lacks a stream, or the pixels that the run's own encoders read.
-        FingerprintError: the cache's streams were made with other settings than the run's.
-        DataError: features are unusable; the clips are named.
-    """
-    if record.tuned:
-        from vaflow.train.finetune import made_by_run, tuned_windows
-
-        if not made_by_run(record, cache):
-            check_same(record.streams, cache)
-            windows = read(record.streams, record.config)
-            return tuned_windows(run, record, cache, windows)
-    check_same(record.head_streams, cache)
-    return read(record.head_streams, record.config)
-
-
-def choose_smoothing(
-    run: Path, cache: Cache, kind: str, seconds: float | None = None, *, device: str = "auto", show: bool = False
-) -> Smoothing | None:
-    """Choose a smoothing for a run's traces, None for the kind "none"; nothing is stored.
-
-    Args:
-        kind: "mean", "savgol", or "none".
-        seconds: width; None: the one with the best mean CCC on the run's validation split.
-
-    Raises:
-        UsageError: an unknown kind, a negative width, or not a run.
-        FingerprintError: the cache's streams were made with other settings than the run's.
-    """
-    if kind not in (NONE, *FILTERS):
-        raise UsageError(explain("Unknown smoothing", got=kind, choices=(NONE, *FILTERS)))
-    if kind == NONE:
-        return None
-    if seconds is not None:
-        return Smoothing(kind, seconds)
-    traces, config = _validation_traces(run, cache, None, device, show)
-    return choose_width(traces, kind, config.val_split, candidate_widths(traces, config.grid.step))
-
-
-def store_smoothing(
-    run: Path, cache: Cache, smoothing: Smoothing | None, *, device: str = "auto", show: bool = False
-) -> None:
-    """Store a smoothing with a run, and calibrate the standard deviations of a run with a variance head for it.
-
-    Raises:
-        UsageError, FingerprintError: as `choose_smoothing`.
-    """
-    calibration = None
-    if require_record(run).config.uncertainty != NONE:
-        traces, config = _validation_traces(run, cache, smoothing, device, show)
-        calibration = calibrate(traces, config.val_split, width_of(smoothing))
-    write_smoothing(run, smoothing)
-    if calibration is not None:
-        write_calibration(run, calibration)
-
-
-def _validation_traces(
-    run: Path, cache: Cache, smoothing: Smoothing | None, device: str, show: bool
-) -> tuple[Sequence[Trace], TrainConfig]:
-    """Traces of a run on its validation split, not calibrated, of the clips with features; and its settings."""
-    target = choose_device(device)
-    trained = replace(load_run(run, target), smoothing=smoothing)
-    config = trained.record.config
-    read = partial(load_split, cache, config.val_split, device=target, show=show)
-    windows = read_for(run, trained.record, cache, read)
-    lost = {clip.item for clip in featureless(windows)}
-    return [trace for trace in trained.raw_traces(windows) if trace.clip.item not in lost], config

@@ -127,8 +127,8 @@ class Run:
         Raises:
             UsageError: the run, cache or split does not exist, or the split has no labels.
         """
+        from vaflow.train.evaluate import evaluate_run
         from vaflow.train.run_folder import cache_of
-        from vaflow.train.training import evaluate_run
 
         opened = open_cache(cache if cache is not None else cache_of(self.path))
         return evaluate_run(self.path, opened, split, device=device)

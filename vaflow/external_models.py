@@ -19,8 +19,8 @@ from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummar
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
-from vaflow.train.evaluate import check_complete, failed_items, featureless, score_traces
 from vaflow.train.inputs import resolve
+from vaflow.train.scores import check_complete, failed_items, featureless, score_traces
 from vaflow.train.smoothing import Smoothing, smoothed
 from vaflow.train.traces import Trace, between_samples, input_at_frames
 from vaflow.train.windows import ClipRows

@@ -23,7 +23,7 @@ from vaflow.datasets.clip import Clip
 from vaflow.datasets.files import below, is_audio
 from vaflow.datasets.videos import has_predictions
 from vaflow.device import choose_device
-from vaflow.encoders import demonstration_notice
+from vaflow.encoders import demonstration_notice, warn_of_demonstration
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
 from vaflow.extract.config import DETECTORS, ExtractConfig
@@ -38,16 +38,15 @@ from vaflow.train import plots
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import ensemble_traces, maker_of, members_of, warn_of_changed_members
-from vaflow.train.evaluate import featureless
+from vaflow.train.evaluate import read_for
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_sources import read_sources, write_sources
 from vaflow.train.run_folder import Run, RunFolder, load_run, local_run
-from vaflow.train.session import warn_of_demonstration
+from vaflow.train.scores import featureless
 from vaflow.train.traces import Trace, prediction_csv
-from vaflow.train.training import read_for
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The sampling grid of a clip: times of windows and samples, and stitching of window predictions into a trace.
+"""The sampling grid of a clip: times of its windows and samples.
 
 Pure functions on seconds from the start of a clip. Window and grid positions are whole numbers of *ticks* (the greatest
 common divisor of stride and step), so that a time that two windows share has exactly one value and every frame is
@@ -140,33 +140,3 @@ def extend(times: Floats, count: int) -> Floats:
         return times
     start = times[-1] if times.size else -median_interval(times)
     return np.concatenate([times, start + median_interval(times) * np.arange(1, extra + 1)])
-
-
-def stitch(time: Floats, value: Floats, valid: Bools, query: Floats) -> Floats:
-    """Merge the predictions of overlapping windows into a trace, linear between sample times, constant beyond them.
-
-    Predictions of several windows for one time are averaged.
-
-    Args:
-        time: [W, S] seconds of every sample of every window; equal times must be equal numbers.
-        value: [W, S, K] predictions at these times.
-        valid: [W, S] False for padding, whose value is ignored.
-        query: [N] seconds at which the trace is evaluated.
-
-    Returns:
-        [N, K], float64.
-
-    Raises:
-        ValueError: shapes disagree, or no sample is valid.
-    """
-    time, value, valid = np.asarray(time, np.float64), np.asarray(value, np.float64), np.asarray(valid, bool)
-    if time.shape != valid.shape or value.shape[:-1] != time.shape:
-        raise ValueError(f"stitch: shapes disagree: time {time.shape}, value {value.shape}, valid {valid.shape}")
-    if not valid.any():
-        raise ValueError("stitch: no valid sample")
-    instants, index = np.unique(time[valid], return_inverse=True)
-    samples = value[valid]
-    total = np.zeros((instants.size, samples.shape[-1]))
-    np.add.at(total, index, samples)
-    mean = total / np.bincount(index, minlength=instants.size)[:, None]
-    return np.stack([np.interp(query, instants, column) for column in mean.T], axis=-1)

@@ -18,7 +18,7 @@ from vaflow.cache.maintenance import leftovers, repair, verify
 from vaflow.cache.schema import STORES, Kind
 from vaflow.cli import main
 from vaflow.errors import CacheError, FingerprintError, SchemaError, UsageError
-from vaflow.train.evaluate import failed_items
+from vaflow.train.scores import failed_items
 
 ODD_NAMES = ("a/b", "é", "x" * 300)
 

@@ -15,7 +15,7 @@ from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import FingerprintError, UsageError
-from vaflow.train.evaluate import failed_items
+from vaflow.train.scores import failed_items
 
 
 def make(path: Path, store: str, clips: Mapping[str, int], *, extra: str | None = None) -> Cache:

@@ -32,7 +32,7 @@ from vaflow.cache.schema import StoreName
 from vaflow.cache.stores import STORES
 from vaflow.cli import main
 from vaflow.errors import CacheError, CorruptError, SchemaError, UsageError
-from vaflow.train.evaluate import failed_items
+from vaflow.train.scores import failed_items
 
 
 @pytest.fixture

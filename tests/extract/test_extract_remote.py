@@ -18,8 +18,9 @@ from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import Summary
 from vaflow.train.config import TrainConfig
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.run_folder import require_record
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.training import train_run
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=(), window=4.0, stride=2.0, frames=4, device="cpu", workers=1)
 

@@ -28,9 +28,9 @@ EXTRACTING = {  # stage -> function and the index of its call
 }
 TRAINING = {
     "loading": ("vaflow.train.session.load_split", 2),
-    "training": ("vaflow.train.loop.train_step", 5),
+    "training": ("vaflow.train.epochs.train_step", 5),
     "writing the checkpoint": ("vaflow.train.checkpoint.write_tensors", 2),
-    "evaluating": ("vaflow.train.loop.predict_clips", 2),
+    "evaluating": ("vaflow.train.epochs.predict_clips", 2),
     "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
     "writing predictions": ("vaflow.train.session.write_evaluation", 1),
     "writing the metrics": ("vaflow.train.run_folder.RunFolder.write_metrics", 1),

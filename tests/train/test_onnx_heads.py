@@ -10,10 +10,10 @@ import torch
 from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, PROTOTYPES, VISUAL_STREAM, VISUAL_STREAM_2, toy_batch
 
 from vaflow.train.batch import AUDIO, Batch, StreamSpec, TargetSpec
-from vaflow.train.export import Heads, onnx_bytes
 from vaflow.train.heads import EachModel, VAModel
 from vaflow.train.heads.fusion import FUSION
 from vaflow.train.heads.temporal import TEMPORAL
+from vaflow.train.run_export import Heads, onnx_bytes
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

@@ -18,13 +18,14 @@ from vaflow.timeline import Grid, nearest
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import score
+from vaflow.train.evaluate import choose_smoothing, evaluate_run
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
 from vaflow.train.run_folder import RunFolder, load_run
+from vaflow.train.scores import score
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
 from vaflow.train.traces import predict_clips
-from vaflow.train.training import Result, choose_smoothing, evaluate_run, train_run
+from vaflow.train.training import Result, train_run
 from vaflow.train.windows import drop_modality, without_modality
 from vaflow.viewer.run_results import read_history
 

@@ -16,11 +16,12 @@ from vaflow.train import session, training
 from vaflow.train.batch import Batch
 from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import PROTOTYPES, RunFolder, load_run
 from vaflow.train.run_record import RunRecord, new_record
 from vaflow.train.session import load_data
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.training import train_run
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")

@@ -14,6 +14,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.groups import split_items
 from vaflow.train.run_record import from_json
 from vaflow.train.search_trials import (
@@ -31,7 +32,6 @@ from vaflow.train.search_trials import (
     read_space,
     rungs,
 )
-from vaflow.train.training import evaluate_run
 
 pytest.importorskip("optuna")
 

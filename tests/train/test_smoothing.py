@@ -11,7 +11,7 @@ import pytest
 from scipy.signal import savgol_filter
 
 from vaflow.errors import CorruptError, UsageError
-from vaflow.train.evaluate import score
+from vaflow.train.scores import score
 from vaflow.train.smoothing import (
     FILTERS,
     Smoothing,

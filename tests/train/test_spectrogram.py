@@ -17,11 +17,12 @@ from vaflow.train.batch import Batch, StreamSpec
 from vaflow.train.config import TrainConfig, preset, with_aliases
 from vaflow.train.config import merge as merge_settings
 from vaflow.train.data import load_split
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.heads.layers import Spectrogram
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import load_run
 from vaflow.train.run_record import RunRecord, new_record
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.training import train_run
 
 BANDS = 5
 

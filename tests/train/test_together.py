@@ -18,11 +18,11 @@ from vaflow.files import read_tensors
 from vaflow.train.batch import BINARY, CLASSES, Batch
 from vaflow.train.checkpoint import Progress, save_checkpoint
 from vaflow.train.config import AUTO, TrainConfig
+from vaflow.train.epochs import fit
 from vaflow.train.heads import NORMALIZE
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import fit
 from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
 from vaflow.train.stacked_epochs import Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels

@@ -14,8 +14,8 @@ from vaflow.cli import main
 from vaflow.errors import DataError
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
+from vaflow.train.epochs import fit
 from vaflow.train.inputs import resolve
-from vaflow.train.loop import fit
 from vaflow.train.run_folder import load_run
 from vaflow.train.session import Data, new_model
 from vaflow.train.training import train_run

@@ -18,10 +18,11 @@ from vaflow.errors import CorruptError, UsageError
 from vaflow.train.batch import Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs, total_deviation
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.losses import gaussian_nll, total_loss
 from vaflow.train.run_folder import load_run
 from vaflow.train.traces import Trace
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.training import train_run
 from vaflow.train.uncertainty import (
     Calibration,
     ScaleSearch,

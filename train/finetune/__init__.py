@@ -21,6 +21,7 @@ from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train.checkpoint import Progress
 from vaflow.train.config import TrainConfig
+from vaflow.train.epochs import run_epochs
 from vaflow.train.finetune.backbones import (
     Backbone,
     Source,
@@ -36,7 +37,6 @@ from vaflow.train.finetune.backbones import (
 from vaflow.train.finetune.step import TunedModel, Tuning, encode_split, make_optimizer, train_epoch
 from vaflow.train.heads import VAModel, count_parameters
 from vaflow.train.inputs import check_same
-from vaflow.train.loop import run_epochs
 from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.run_record import RunRecord
 from vaflow.train.session import Data, Session, load_data, new_model, reproducible

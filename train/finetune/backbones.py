@@ -31,8 +31,8 @@ from vaflow.encoders.preprocessing import Preparation, decode_image
 from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
+from vaflow.train.epochs import seed_from
 from vaflow.train.inputs import InputStream, sampling
-from vaflow.train.loop import seed_from
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

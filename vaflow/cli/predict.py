@@ -218,7 +218,7 @@ def export(
     """
     check_directory(out, "DIR")
     if formats is not None:
-        from vaflow.viewer.exports import export_predictions
+        from vaflow.viewer.prediction_formats import export_predictions
 
         if onnx:
             raise UsageError(explain("--onnx exports a run, --format predictions", remedy="Use two commands"))
@@ -226,7 +226,7 @@ def export(
         files = export_predictions(source, out, names, step)
     else:
         with loading(output):
-            from vaflow.train.export import export_onnx, export_run
+            from vaflow.train.run_export import export_onnx, export_run
 
         files = export_run(source, out)
         if onnx:

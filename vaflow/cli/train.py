@@ -255,9 +255,9 @@ def evaluate(
     from vaflow.cache import open_cache
 
     with loading(output):
+        from vaflow.train.evaluate import choose_smoothing, evaluate_run
         from vaflow.train.groups import read_groups, warn_unknown
         from vaflow.train.run_folder import cache_of
-        from vaflow.train.training import choose_smoothing, evaluate_run
 
     opened = open_cache(cache if cache is not None else cache_of(run))
     bars = output.bars
@@ -325,8 +325,8 @@ def smooth(
     from vaflow.cache import open_cache
 
     with loading(output):
+        from vaflow.train.evaluate import choose_smoothing, store_smoothing
         from vaflow.train.run_folder import cache_of
-        from vaflow.train.training import choose_smoothing, store_smoothing
 
     opened = open_cache(cache if cache is not None else cache_of(run))
     chosen = choose_smoothing(run, opened, kind, width, device=device, show=output.bars)

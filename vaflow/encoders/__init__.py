@@ -7,6 +7,7 @@ for it, never code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from vaflow.encoders.base import AudioEncoder, VisualEncoder
     from vaflow.encoders.clip import ContextTower
+
+log = logging.getLogger(__name__)
 
 EncoderKind = Literal["visual", "audio", "logmel", "any"]  # any: the model decides
 TINY = "-tiny"  # ends the names of encoders with seeded random weights, whose results demonstrate the software only
@@ -205,3 +208,10 @@ def demonstration_notice(streams: Iterable[str]) -> str:
     """One line for pictures and logs about encoders with random weights; empty if none has."""
     names = random_encoders(streams)
     return f"Demonstration: encoders with seeded random weights ({', '.join(names)})" if names else ""
+
+
+def warn_of_demonstration(streams: Iterable[str]) -> None:
+    """Log that encoders with random weights are used, if they are."""
+    notice = demonstration_notice(streams)
+    if notice:
+        log.warning("%s", notice)

@@ -18,7 +18,7 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, UsageError, command, explain
-from vaflow.timeline import Bools, Floats, stitch
+from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, region_of, scope, video_moments
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
@@ -362,7 +362,7 @@ def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> Fu
 
 def gate_shares(windows: "WindowSet", gate: Floats, centers: float) -> list[GateShare]:
     """Summarize the gate of every window, [W, F, 1], by condition."""
-    from vaflow.train.traces import input_at_frames
+    from vaflow.train.traces import input_at_frames, stitch
 
     values, faces, regions = [], [], []
     for clip in windows.clips:

@@ -20,9 +20,10 @@ from vaflow.predict import predict_media
 from vaflow.train import finetune as tuning_run
 from vaflow.train.batch import CLASSES
 from vaflow.train.config import TrainConfig
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.run_folder import RunFolder, load_run, require_record
-from vaflow.train.training import evaluate_run, train_run
+from vaflow.train.training import train_run
 from vaflow.viewer.run_results import read_history
 
 CONFIG = replace(SETTINGS, augment=True, uncertainty="variance")

@@ -11,7 +11,7 @@ import pytest
 
 from vaflow.cli import main
 from vaflow.encoders.prompts import REGION_NAMES
-from vaflow.viewer import exports
+from vaflow.viewer import prediction_formats
 
 RATE, FRAMES = 10.0, 47
 HOSTILE = '=cmd|"a"&<b>\u202e.v1'
@@ -149,14 +149,14 @@ def test_only_unchanged_exports_are_replaced(
     assert "holds files that no export wrote, or that were changed since. Got: clip.eaf." in capsys.readouterr().err
     assert (out / "clip.eaf").read_text() == annotated and (out / "clips.csv").read_bytes() == table
     (out / "clip.eaf").unlink()
-    write = exports.write_file
+    write = prediction_formats.write_file
 
     def interrupted(path: Path, content: str | bytes) -> None:
         if path.suffix == ".eaf":
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(exports, "write_file", interrupted)
+    monkeypatch.setattr(prediction_formats, "write_file", interrupted)
     assert export(predictions, out, "csv,eaf") == 130
     monkeypatch.undo()
     assert export(predictions, out, "csv,eaf") == 0 and (out / "clips.csv").read_bytes() != table
