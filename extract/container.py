@@ -30,7 +30,7 @@ from av.video.stream import VideoStream
 from vaflow.encoders.preprocessing import MAX_PIXELS
 from vaflow.errors import MediaError, explain
 from vaflow.extract.config import MAX_PACKETS, check_span
-from vaflow.extract.headers import promised_size
+from vaflow.extract.durations import promised_size
 from vaflow.process import beat
 from vaflow.timeline import Floats, median_interval
 

@@ -23,10 +23,10 @@ from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
 from vaflow.extract.decoding_pool import AudioEnd, Face, Failed, Job, Message, each
 from vaflow.extract.doctor.facts import look_at_people
+from vaflow.extract.durations import header_seconds, side_by_side
 from vaflow.extract.faces.choice import ALL
-from vaflow.extract.headers import header_seconds, side_by_side
+from vaflow.extract.image_folders import open_stills
 from vaflow.extract.plan import shard_clips
-from vaflow.extract.sources import open_stills
 from vaflow.extract.streams import stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job

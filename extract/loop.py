@@ -22,7 +22,7 @@ from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
-from vaflow.extract.assembly import ClipAssembly
+from vaflow.extract.clip_assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.decoding_pool import Detect, Done, Failed, Job, WorkerPool
 from vaflow.extract.encoding import Encoders

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.costs import Cost, append_costs
-from vaflow.cache.documents import source_stamp
+from vaflow.cache.json_documents import source_stamp
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
@@ -21,9 +21,10 @@ from vaflow.errors import MediaError, UsageError, count, explain
 from vaflow.extract.audio import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.decoding_pool import Failed, StoredPerson, each
+from vaflow.extract.durations import lengths
 from vaflow.extract.faces.choice import ALL
-from vaflow.extract.headers import lengths
-from vaflow.extract.sources import IMAGES_DIGEST, SourceComparison, file_status, images_digest, sources_of
+from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
+from vaflow.extract.source_identity import SourceComparison, file_status, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
 from vaflow.failures import LISTS, Failure, FailureLog, read_failures
@@ -115,7 +116,7 @@ def longest_first(tasks: Iterable[PendingClip], seconds: Mapping[str, float]) ->
 def shard_clips(clips: Iterable[Clip], shard: Shard) -> list[Clip]:
     """Clips of one shard. Deals clips longest first, each to the shard with the least total: equal on every machine.
 
-    Durations come from `vaflow.extract.headers`, to the millisecond; with one shard, no file is read. The largest
+    Durations come from `vaflow.extract.durations`, to the millisecond; with one shard, no file is read. The largest
     shard exceeds the smallest by at most one clip.
     """
     clips = list(clips)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.train.metrics import bootstrap_interval, concordance, video_moments
+from vaflow.train.metrics import concordance, video_moments
+from vaflow.train.statistics import bootstrap_interval
 
 SAMPLES = 10_000
 BY_HAND = 3  # samples of joined frames that are timed

@@ -86,7 +86,7 @@ class Bench:
     @property
     def seconds(self) -> float:
         """Of video."""
-        from vaflow.extract.headers import lengths
+        from vaflow.extract.durations import lengths
 
         return sum(lengths(self.dataset.clips).values())
 

@@ -30,15 +30,14 @@ from bench_train import GRID, OperationCosts, build_cache, step_and_bound
 from vaflow.cache import open_cache
 from vaflow.device import choose_device, keep_memory
 from vaflow.train.config import TrainConfig
-from vaflow.train.data import load_split
-from vaflow.train.epochs import seeded, train_step
+from vaflow.train.data import Data, load_split
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
-from vaflow.train.session import Data
-from vaflow.train.stacked_epochs import Member, take_step
+from vaflow.train.stacked_loop import Member, take_step
 from vaflow.train.stacked_models import StackedModels
+from vaflow.train.training_loop import seeded, train_step
 from vaflow.train.windows import WindowSet, gather_each
 
 

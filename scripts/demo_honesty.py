@@ -72,7 +72,7 @@ def cache(out: Path, name: str, seed: int, **options: Any) -> Path:
 def train(folder: Path, out: Path, config: Any) -> float:
     """Train on a cache; the mean CCC on its validation people."""
     from vaflow.cache import open_cache
-    from vaflow.train.training import train_run
+    from vaflow.train.train_run import train_run
 
     result = train_run(open_cache(folder), config, out, tensorboard=False, figures=False)
     return float(result.metrics["ccc"]["mean"])

@@ -90,7 +90,7 @@ def trained(cache: Path, out: Path, variant: str, seed: int, epochs: int | None)
     from vaflow.cache import open_cache
     from vaflow.demo.writer import AUDIO, TRAINING, VISUAL
     from vaflow.train.config import TrainConfig
-    from vaflow.train.training import train_run
+    from vaflow.train.train_run import train_run
 
     folder = out / f"run-{variant.replace(' ', '-')}-{seed}"
     settings: dict[str, Any] = {**TRAINING, **({} if epochs is None else {"epochs": epochs})}

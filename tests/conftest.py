@@ -124,7 +124,7 @@ def workers_fork_from_a_server() -> None:
 
     A spawned worker imports for 0.3 s, or 2.5 s with torch. Scripts and commands of the fixture `lab` still spawn.
     """
-    imported = ["vaflow.extract.worker", "vaflow.train.training", "torch._dynamo", "torch._inductor.config", "cv2"]
+    imported = ["vaflow.extract.worker", "vaflow.train.train_run", "torch._dynamo", "torch._inductor.config", "cv2"]
     multiprocessing.set_forkserver_preload(imported)
     vaflow.process.START_METHOD = "forkserver"  # type: ignore[assignment]
 

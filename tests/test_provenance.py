@@ -15,13 +15,13 @@ from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
 from vaflow.extract.plan import Summary
-from vaflow.extract.sources import part_of, same_part, sources_of
+from vaflow.extract.source_identity import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
 from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 SPLITS = {"a": "train", "b": "train", "sub/c": "val", "d": "val"}
 IDENTITY = {"encoder": "toy", "weights": "0123456789abcdef" * 2}

@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Item
+from vaflow.device import choose_device
 from vaflow.errors import DataError, UsageError, count, explain
+from vaflow.settings import settings_of
 from vaflow.timeline import Floats, median_interval
 from vaflow.train import index_tables as tables
 from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec, read_rows, target_specs
 from vaflow.train.config import TrainConfig
-from vaflow.train.groups import split_items
-from vaflow.train.inputs import LOGMEL_INTERVAL, InputStream, interval_of, sampling
+from vaflow.train.folds import fold_items, split_items
+from vaflow.train.inputs import LOGMEL_INTERVAL, Inputs, InputStream, interval_of, resolve, sampling
 from vaflow.train.masks import InputMasks
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
@@ -337,3 +339,89 @@ def default_budget(device: torch.device) -> int:
         lines = []
     kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2 * 2**20)
     return kibibytes * 1024 // 2
+
+
+# Settings of the group "data" that do not change the loaded clips.
+NOT_LOADED = {"text", "prompts", "modality_dropout", "shared_sources", "folds", "fold", "fold_groups", "fold_splits"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits, loaded for certain streams and windows; runs with the same ones can share it."""
+
+    train: WindowSet
+    val: WindowSet
+
+
+def load_data(
+    cache: Cache,
+    config: TrainConfig,
+    inputs: Inputs,
+    *,
+    device: torch.device | str = "cpu",
+    scratch: Path | None = None,
+    show: bool = False,
+) -> Data:
+    """Read both splits of resolved settings.
+
+    Raises:
+        UsageError: a split does not exist or has no labels.
+        DataError: features or labels are unusable; the clip is named.
+    """
+    splits = (config.train_split, config.val_split)
+    train, val = (
+        load_split(cache, split, inputs.streams, config, device=device, scratch=scratch, show=show) for split in splits
+    )
+    return _checked(Data(train, val), config)
+
+
+def _checked(data: Data, config: TrainConfig) -> Data:
+    if not len(data.train.trainable):
+        raise UsageError(explain(f"No window of split {config.train_split!r} has a labelled frame"))
+    return data
+
+
+def data_key(config: TrainConfig) -> tuple[object, ...]:
+    """Key that is equal for runs that can share loaded clips: a pair of splits, or all folds of some splits."""
+    splits = {"train_split", "val_split"}
+    names = [name for name, described in settings_of(TrainConfig).items() if described.group == "data"]
+    settings = [getattr(config, name) for name in names if name not in NOT_LOADED | splits]
+    clips = (config.fold_splits,) if config.folds else (config.train_split, config.val_split)
+    return (*settings, *clips, config.extra_targets, config.device)
+
+
+class LoadedSplits:
+    """Loads the splits of runs on one cache. The latest clips stay loaded; folds of the same splits share rows."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._key: tuple[object, ...] = ()
+        self._pool: WindowSet | None = None
+        self._data: dict[tuple[str, ...], Data] = {}
+
+    def data(self, config: TrainConfig) -> Data:
+        """Both splits of resolved settings.
+
+        Raises:
+            UsageError, DataError: as `load_data`.
+        """
+        key, splits = data_key(config), (config.train_split, config.val_split)
+        if key != self._key:  # release the old data before the new is read
+            self._key, self._pool, self._data = key, None, {}
+        name = (*splits, config.fold_groups)
+        if name in self._data:
+            return self._data[name]
+        config, inputs = resolve(self._cache, config)
+        device = choose_device(config.device)
+        if not config.folds:
+            self._data[name] = load_data(self._cache, config, inputs, device=device)
+            return self._data[name]
+        if self._pool is None:
+            items = fold_items(self._cache, config.fold_splits)
+            self._pool = load_windows(self._cache, items, inputs.streams, config, device=device)
+        chosen = [split_items(self._cache, split, config.fold_splits, config.fold_groups) for split in splits]
+        train, val = (self._pool.of_clips(set(items)) for items in chosen)
+        for windows, split in ((train, splits[0]), (val, splits[1])):
+            check_annotated(windows, split, self._cache)
+        self._data[name] = _checked(Data(train, val), config)
+        return self._data[name]

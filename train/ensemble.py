@@ -30,7 +30,7 @@ from vaflow.timeline import Floats
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import read_for
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.prediction_sources import Maker, prediction_folders, read_sources, write_evaluation
+from vaflow.train.prediction_files import Maker, prediction_folders, read_sources, write_evaluation
 from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.run_record import RunRecord
 from vaflow.train.scores import check_complete, failed_items, score, score_traces

@@ -15,9 +15,11 @@ from vaflow.errors import CacheError, UsageError, count, examples, explain
 from vaflow.failures import read_failures
 from vaflow.train.config import NONE, TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.groups import Groups, split_items
+from vaflow.train.folds import split_items
+from vaflow.train.groups import Groups
 from vaflow.train.inputs import InputStream, check_same
-from vaflow.train.prediction_sources import Maker, write_evaluation
+from vaflow.train.masks import without_modality
+from vaflow.train.prediction_files import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
 from vaflow.train.run_record import (
     ClipDigest,
@@ -30,7 +32,7 @@ from vaflow.train.scores import check_complete, failed_items, featureless, score
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
 from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
-from vaflow.train.windows import WindowSet, without_modality
+from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from vaflow.cache import Cache
-from vaflow.cache.documents import fingerprint
+from vaflow.cache.json_documents import fingerprint
 from vaflow.cache.schema import LOGMEL, StreamInfo, stored_layers
 from vaflow.encoders import is_encoder
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec, target_specs
 from vaflow.train.config import NONE, TrainConfig
-from vaflow.train.groups import with_folds
+from vaflow.train.folds import with_folds
 
 log = logging.getLogger(__name__)
 

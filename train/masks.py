@@ -1,16 +1,19 @@
-"""Masks of inputs, and columns of predictions: the quality of faces and the speech activity of cached clips."""
+"""Masks of inputs: face quality, speech activity, modality dropout; and the columns of predictions that show them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import FACES, LOGMEL, Item
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats, median_interval
+from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.inputs import LOGMEL_INTERVAL
+from vaflow.train.windows import WindowSet
 
 GOOD_SIZE = 48.0  # pixels of the frame
 GOOD_SHARPNESS = 8.0  # gray levels
@@ -125,3 +128,41 @@ def frame_columns(cache: Cache, visual: Iterable[str], item: str, time: Floats) 
             np.clip(np.floor(time / LOGMEL_INTERVAL + 1e-6).astype(np.int64), 0, len(speech) - 1)
         ]
     return columns
+
+
+def drop_modality(
+    batch: Batch, streams: Sequence[StreamSpec], share: float, generator: torch.Generator | None = None
+) -> Batch:
+    """Mark all streams of one modality as missing in about `share` of the windows, never both modalities.
+
+    The windows and the modality (each with equal probability) follow from torch's generator.
+
+    Args:
+        share: probability that a window loses a modality, in [0, 1).
+        generator: of random numbers, on the device; None: torch's own.
+
+    Returns:
+        The batch with other `valid` masks; the batch itself where the model reads one modality only.
+    """
+    if not share or {stream.kind for stream in streams} != {VISUAL, AUDIO}:
+        return batch
+    draw = torch.rand(len(batch.inside), device=batch.inside.device, generator=generator)
+    lost = {VISUAL: draw < share / 2, AUDIO: (draw >= share / 2) & (draw < share)}
+    valid = {stream.name: batch.valid[stream.name] & ~lost[stream.kind].unsqueeze(1) for stream in streams}
+    return replace(batch, valid={**batch.valid, **valid})
+
+
+def without_modality(windows: WindowSet, modality: str) -> WindowSet:
+    """The same windows with every stream of a modality marked as missing.
+
+    Raises:
+        UsageError: not a modality, the windows have no stream of it, or no other stream.
+    """
+    if modality not in (VISUAL, AUDIO):
+        raise UsageError(explain("Unknown modality", got=modality, choices=(VISUAL, AUDIO)))
+    names = {stream.name for stream in windows.streams if stream.kind == modality}
+    if not names or len(names) == len(windows.streams):
+        problem = f"--without {modality} leaves the run without input"
+        got = "one that reads " + ", ".join(f"{s.name} ({s.kind})" for s in windows.streams)
+        raise UsageError(explain(problem, expected="a run that reads a visual and an audio stream", got=got))
+    return windows.without(frozenset(names))

@@ -17,7 +17,7 @@ import tomli_w
 
 from vaflow import __version__
 from vaflow.cache import Cache, address
-from vaflow.cache.documents import canonical
+from vaflow.cache.json_documents import canonical
 from vaflow.cache.schema import LABELS, Record
 from vaflow.errors import CorruptError, UsageError, count, examples, explain
 from vaflow.train.batch import TargetSpec

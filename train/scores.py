@@ -14,8 +14,10 @@ from vaflow.failures import read_failures
 from vaflow.timeline import Bools, Floats
 from vaflow.train import metrics
 from vaflow.train.batch import extra_scores
-from vaflow.train.groups import Groups, Scored, by_group, source_splits
+from vaflow.train.folds import source_splits
+from vaflow.train.groups import Groups, Scored, by_group
 from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
+from vaflow.train.statistics import bootstrap_interval
 from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.windows import ClipRows, WindowSet
 
@@ -152,7 +154,7 @@ def measure(traces: Sequence[Trace], split: str, *, centers: float = 0.66, resam
         by_video[trace.clip.group] = by_video.get(trace.clip.group, 0) + trace_moments(trace)
     ci95: dict[str, list[float | None]] = {name: [None, None] for name in SCORES}
     if len(by_video) > 1:  # resampling one video gives that video again: an interval of width 0
-        interval = metrics.bootstrap_interval(list(by_video.values()), resamples=resamples)
+        interval = bootstrap_interval(list(by_video.values()), resamples=resamples)
         ci95 = {name: [plain(edge) for edge in edges] for name, edges in zip(SCORES, interval, strict=True)}
     within, excluded = metrics.within_video_ccc((t.va, _label(t.clip), t.clip.valid) for t in traces)
     report = {

@@ -25,9 +25,11 @@ from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
 from vaflow.train.config import TrainConfig, merge, to_toml
 from vaflow.train.evaluate import evaluate_run
-from vaflow.train.groups import make_folds, split_items
+from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
+from vaflow.train.repeats import one_thread
 from vaflow.train.run_folder import RunFolder
+from vaflow.train.search_space import Space
 from vaflow.train.search_trials import (
     DONE,
     FAILED,
@@ -35,7 +37,6 @@ from vaflow.train.search_trials import (
     Log,
     SearchOptions,
     SearchResult,
-    Space,
     Trial,
     continues,
     importances,
@@ -43,8 +44,7 @@ from vaflow.train.search_trials import (
     rungs,
     trials_csv,
 )
-from vaflow.train.stacked_epochs import FAILURES
-from vaflow.train.together import one_thread
+from vaflow.train.stacked_loop import FAILURES
 
 LOG, STARTED, RESULT = "trials.jsonl", "started.json", "search.json"
 WIDTH, HEIGHT = 860, 260  # pixels of the plot

@@ -21,7 +21,7 @@ from vaflow.timeline import Floats
 from vaflow.train.data import load_windows
 from vaflow.train.ensemble import combine, maker_of, members_of, warn_of_changed_members
 from vaflow.train.evaluate import read_for
-from vaflow.train.prediction_sources import write_sources_of_file
+from vaflow.train.prediction_files import write_sources_of_file
 from vaflow.train.run_folder import load_run
 from vaflow.train.scores import featureless
 

@@ -3,23 +3,18 @@
 `stitch` averages overlapping windows, and values are clipped to [-1, 1].
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaflow.datasets.files import below
-from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import DataError, explain
-from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats, Ints, nearest
 from vaflow.train import metrics
 from vaflow.train.batch import AUDIO, VISUAL, probabilities
 from vaflow.train.losses import CENTERS
-from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.windows import ClipRows, Prefetcher, WindowSet
 
 PREDICT_BATCH = {"cpu": 64, "cuda": 1024}  # windows; a GPU waits for kernel launches with fewer
@@ -178,42 +173,3 @@ def at_frames(clip: ClipRows, kind: str, instants: Floats, valid: Bools) -> Bool
         edges = (instants[1:] + instants[:-1]) / 2
         return valid[np.searchsorted(edges, clip.time)]
     return valid[np.clip(np.searchsorted(instants, clip.time + 1e-6, side="right") - 1, 0, len(instants) - 1)]
-
-
-def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
-    """Write one CSV per clip, `<item>.csv`; see `prediction_csv`."""
-    for trace in traces:
-        write_file(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace))
-
-
-def prediction_csv(trace: Trace) -> str:
-    """Text of a prediction CSV, a row per frame.
-
-    Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
-    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region; valence_std,
-    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1); face_quality (0 to
-    1) and speech (0 or 1) where the cache holds them.
-    """
-    clip = trace.clip
-    columns: dict[str, Iterable[str]] = {
-        "frame": map(str, range(len(clip.time))),
-        "time": (f"{t:.6f}" for t in clip.time.tolist()),
-    }
-    columns |= {name: [f"{x:.6f}" for x in trace.va[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
-    if clip.valid.any():
-        for k, name in enumerate(DIMENSIONS):
-            pairs = zip(clip.value[:, k].tolist(), clip.valid[:, k].tolist(), strict=True)
-            columns[f"label_{name}"] = [f"{x:.6f}" if valid else "" for x, valid in pairs]
-    flags = {"face": trace.face, "audio": trace.audio}
-    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
-    columns["region"] = ("_".join(REGIONS[k]) for k in trace.region.tolist())
-    if trace.std is not None:
-        columns |= {f"{name}_std": [f"{x:.6f}" for x in trace.std[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
-    flags = {"far_from_training": trace.far, "interpolated": trace.interpolated}
-    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
-    if trace.face_quality is not None:
-        columns["face_quality"] = [f"{x:.3f}" for x in trace.face_quality.tolist()]
-    if trace.speech is not None:
-        columns["speech"] = map(str, trace.speech.astype(int).tolist())
-    rows = (",".join(row) for row in zip(*columns.values(), strict=True))
-    return "\n".join([",".join(columns), *rows]) + "\n"

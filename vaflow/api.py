@@ -241,7 +241,7 @@ def train(
     """
     from vaflow.cache import Cache
     from vaflow.train import config as configs
-    from vaflow.train.training import train_run
+    from vaflow.train.train_run import train_run
 
     merged = configs.merge(
         configs.preset(preset) if preset else {},

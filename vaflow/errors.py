@@ -1,4 +1,4 @@
-"""Errors that vaflow raises, and how their messages are built.
+"""Errors that vaflow raises, exit codes, and how messages are built.
 
 The command prints the message of a `VaflowError` and exits with its `exit_code`. Messages are one paragraph, made by
 `explain`: what was expected, what was got, the choices, the remedy.
@@ -9,6 +9,9 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
+# Exit codes; 0 is success.
+FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
 _BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
@@ -16,13 +19,13 @@ _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e
 class VaflowError(Exception):
     """Base class of the errors that vaflow raises."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class UsageError(VaflowError, ValueError):
     """A value named by the user is wrong."""
 
-    exit_code = 2
+    exit_code = BAD_USAGE
 
 
 class DataError(VaflowError, ValueError):
@@ -40,13 +43,13 @@ class CacheError(VaflowError):
 class SchemaError(CacheError):
     """The cache has a schema that this version does not read."""
 
-    exit_code = 2
+    exit_code = BAD_USAGE
 
 
 class FingerprintError(CacheError):
     """A stream of this name exists and was made with other settings."""
 
-    exit_code = 2
+    exit_code = BAD_USAGE
 
 
 class MissingError(CacheError, LookupError):

@@ -43,10 +43,10 @@ from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.prediction_sources import read_sources, write_sources
+from vaflow.train.prediction_files import prediction_csv, read_sources, write_sources
 from vaflow.train.run_folder import Run, RunFolder, load_run, local_run
 from vaflow.train.scores import featureless
-from vaflow.train.traces import Trace, prediction_csv
+from vaflow.train.traces import Trace
 
 log = logging.getLogger(__name__)
 

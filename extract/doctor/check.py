@@ -48,7 +48,7 @@ from vaflow.extract.doctor.findings import (
     media_findings,
     people_findings,
 )
-from vaflow.extract.sources import content_digest
+from vaflow.extract.source_identity import content_digest
 from vaflow.timeline import Grid
 
 NO_SPLIT = "none"

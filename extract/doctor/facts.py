@@ -25,7 +25,7 @@ from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.faces.crops import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn
 from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.tracking import CutDetector
-from vaflow.extract.sources import list_crops, open_stills, read_crop
+from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
 from vaflow.item_names import person_item
 from vaflow.timeline import median_interval

@@ -26,7 +26,7 @@ from vaflow.extract.container import decode, opened
 from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
 from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats, some
-from vaflow.extract.sources import list_crops, list_stills, read_crop
+from vaflow.extract.image_folders import list_crops, list_stills, read_crop
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
 

@@ -27,7 +27,7 @@ from vaflow.datasets.affwild2 import strip_side
 from vaflow.datasets.files import SPLITS_FILE, Assignment, head, open_text, printable, separator_of, size_problem
 from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point
 from vaflow.errors import DataError, UsageError, examples, explain
-from vaflow.extract.sources import file_identity, same_file
+from vaflow.extract.source_identity import file_identity, same_file
 from vaflow.timeline import Floats
 
 MISSING = NOT_A_NUMBER | {"na", "n/a", "null"}  # cells of R, spreadsheets and databases as well

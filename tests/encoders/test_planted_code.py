@@ -247,7 +247,7 @@ def test_settings_of_a_wrong_type_are_reported_in_one_message(small_ast: Path, c
 
 
 def test_shards_outside_the_directory_are_rejected(small_ast: Path, tmp_path: Path) -> None:
-    from vaflow.encoders.checkpoints import load_model, make_config, read_json
+    from vaflow.encoders.huggingface_checkpoints import load_model, make_config, read_json
 
     config_class, model_class = _ast_classes()
     index = small_ast / "model.safetensors.index.json"

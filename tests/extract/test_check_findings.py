@@ -15,7 +15,7 @@ from vaflow.datasets import Note, open_dataset
 from vaflow.extract.doctor.check import SAMPLE, Report, check_dataset, document, same_content
 from vaflow.extract.doctor.facts import BINS, CELLS, coverage, crop_facts, label_stats
 from vaflow.extract.doctor.findings import COSTS, constant_scores, shift_loss
-from vaflow.extract.sources import file_identity
+from vaflow.extract.source_identity import file_identity
 
 EVEN = tuple(range(0, 1600, 40))
 

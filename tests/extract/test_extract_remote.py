@@ -20,7 +20,7 @@ from vaflow.extract.plan import Summary
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.run_folder import require_record
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=(), window=4.0, stride=2.0, frames=4, device="cpu", workers=1)
 

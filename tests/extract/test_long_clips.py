@@ -20,7 +20,7 @@ from vaflow.datasets import Dataset, open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.encoders.base import KALDI, Segments
 from vaflow.errors import CacheError
-from vaflow.extract.assembly import ClipAssembly
+from vaflow.extract.clip_assembly import ClipAssembly
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Message
 from vaflow.extract.encoding import make_encoders

@@ -10,7 +10,7 @@ from make_media import AudioTrack, VideoTrack, cut, read_number, tones, write_me
 
 from vaflow.errors import MediaError
 from vaflow.extract.container import frame_times
-from vaflow.extract.headers import promised_size
+from vaflow.extract.durations import promised_size
 from vaflow.extract.video import frames_at, probe
 
 EVEN = tuple(range(0, 2000, 40))

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.documents import source_stamp
+from vaflow.cache.json_documents import source_stamp
 from vaflow.cache.schema import Array, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
-from vaflow.extract import headers
+from vaflow.extract import durations
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
-from vaflow.extract.sources import file_status, sources_of
+from vaflow.extract.source_identity import file_status, sources_of
 from vaflow.extract.streams import source_of
 
 STREAMS = {
@@ -84,7 +84,7 @@ def test_planning_without_changes_reads_only_the_index(
 ) -> None:
     if indexed:
         cache.refresh_index()
-    monkeypatch.setattr(headers, "header_seconds", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(durations, "header_seconds", lambda path: pytest.fail(f"{path} was opened"))
     planned = plan(cache, dataset)
     assert (planned.tasks, planned.done) == ((), 5)
     assert read == []

@@ -12,7 +12,7 @@ from make_media import VideoTrack, write_media
 from vaflow.datasets.clip import Clip
 from vaflow.extract import plan
 from vaflow.extract.config import Shard
-from vaflow.extract.headers import header_seconds, lengths
+from vaflow.extract.durations import header_seconds, lengths
 from vaflow.extract.plan import shard_clips
 
 

@@ -16,7 +16,7 @@ from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
 from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.sources import list_stills, open_stills, stills_at, stills_identity
+from vaflow.extract.image_folders import list_stills, open_stills, stills_at, stills_identity
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

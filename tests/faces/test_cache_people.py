@@ -156,7 +156,7 @@ def test_an_interrupted_choice_resumes_without_encoding_again(
 
     arguments = ["cache", "people", str(folder / "main.fresh"), str(tmp_path / "out"), "--person", "id:2", "--json"]
     with monkeypatch.context() as patch:
-        patch.setattr("vaflow.extract.chosen_people.transfer", interrupt)
+        patch.setattr("vaflow.extract.people_from_cache.transfer", interrupt)
         assert main([*arguments, "--device", "cpu"]) == 130
     assert open_cache(tmp_path / "out").has("clip-tiny", "pair")
     assert open_cache(tmp_path / "out").items() == []

@@ -15,7 +15,7 @@ from vaflow.cache import open_cache
 from vaflow.cache.maintenance import verify
 from vaflow.errors import CorruptError
 from vaflow.train.config import TrainConfig
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 FLUSHES = ("fsync", "fdatasync")
 NAMINGS = ("link", "linkat", "rename", "renameat", "renameat2")

@@ -19,7 +19,7 @@ HOW = {  # name -> signal, receiver, exit code, message
 EXTRACTING = {  # stage -> function and the index of its call
     "scanning": ("vaflow.datasets.open_dataset", 1),
     "planning": ("vaflow.extract.plan.make_plan", 1),
-    "decoding": ("vaflow.extract.assembly.ClipAssembly.take", 2),
+    "decoding": ("vaflow.extract.clip_assembly.ClipAssembly.take", 2),
     "encoding images": ("vaflow.encoders.clip.ClipEncoder.encode", 2),
     "encoding audio": ("vaflow.encoders.vggish.VggishEncoder.encode", 1),
     "writing": ("vaflow.cache.cache.Cache.write", 3),
@@ -27,10 +27,10 @@ EXTRACTING = {  # stage -> function and the index of its call
     "ending": ("vaflow.cache.cache.Cache.refresh_index", 1),
 }
 TRAINING = {
-    "loading": ("vaflow.train.session.load_split", 2),
-    "training": ("vaflow.train.epochs.train_step", 5),
+    "loading": ("vaflow.train.data.load_split", 2),
+    "training": ("vaflow.train.training_loop.train_step", 5),
     "writing the checkpoint": ("vaflow.train.checkpoint.write_tensors", 2),
-    "evaluating": ("vaflow.train.epochs.predict_clips", 2),
+    "evaluating": ("vaflow.train.training_loop.predict_clips", 2),
     "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
     "writing predictions": ("vaflow.train.session.write_evaluation", 1),
     "writing the metrics": ("vaflow.train.run_folder.RunFolder.write_metrics", 1),

@@ -127,6 +127,6 @@ def test_an_out_of_memory_batch_is_split(lab: Lab, media: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_training_out_of_memory_is_reported(lab: Lab, toys: Path, tmp_path: Path, kind: str) -> None:
-    fault = f"strike('vaflow.train.epochs.train_step', 9, {OUT_OF_MEMORY[kind]})"
+    fault = f"strike('vaflow.train.training_loop.train_step', 9, {OUT_OF_MEMORY[kind]})"
     ended = lab.run(["train", toys, "--out", tmp_path / "run", *SMALL], f"import torch\nfrom strikes import *\n{fault}")
     assert_printed(ended, 1, "memory", "--batch-size")

@@ -16,7 +16,7 @@ from typing import Any
 IMPORTED = """matplotlib.backends.backend_agg matplotlib.figure mpl_toolkits.mplot3d torch._dynamo
 torch._inductor.config torch.utils.tensorboard
 typer._adapters typer._click.decorators zarr vaflow.cache.maintenance vaflow.cli vaflow.extract.encoding
-vaflow.extract.loop vaflow.extract.pipeline vaflow.train.scores vaflow.train.plots vaflow.train.training"""
+vaflow.extract.loop vaflow.extract.pipeline vaflow.train.scores vaflow.train.plots vaflow.train.train_run"""
 
 
 def preload() -> None:

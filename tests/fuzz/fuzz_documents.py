@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.copy import convert
-from vaflow.cache.documents import seal
+from vaflow.cache.json_documents import seal
 from vaflow.cache.maintenance import open_for_repair, repair, verify
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.labels import on_clock
@@ -240,7 +240,7 @@ RUN_FILES: Mapping[str, Any] = {
 
 def try_run_file(folder: Path, example: tuple[str, list[Change] | bytes]) -> None:
     from vaflow.train.ensemble import members_of
-    from vaflow.train.prediction_sources import read_sources
+    from vaflow.train.prediction_files import read_sources
     from vaflow.train.run_folder import RunFolder
     from vaflow.train.smoothing import read_smoothing
 

@@ -10,9 +10,9 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.epochs import fit, seeded
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import build_model
+from vaflow.train.training_loop import fit, seeded
 from vaflow.train.windows import Prefetcher
 
 SPLITS = ("train", "val")

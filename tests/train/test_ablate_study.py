@@ -24,7 +24,7 @@ from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.pool import Outcome, run_all
 from vaflow.train.ablate.tables import Options, add_command, make_schedule
 from vaflow.train.config import BEFORE_SETTING, TrainConfig
-from vaflow.train.groups import split_items
+from vaflow.train.folds import split_items
 from vaflow.train.losses import ccc
 from vaflow.train.run_folder import RunFolder, load_run, require_record
 
@@ -111,8 +111,8 @@ def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], 
 def test_batched_runs_give_the_same_tables(
     cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr("vaflow.train.together.WORTH_MEASURING", 0)  # in this process only
-    monkeypatch.setattr("vaflow.train.together.GAIN", 1e9)
+    monkeypatch.setattr("vaflow.train.repeats.WORTH_MEASURING", 0)  # in this process only
+    monkeypatch.setattr("vaflow.train.repeats.GAIN", 1e9)
     choices: list[str] = []
     result = run_study(
         *(cache, toy_study(tmp_path), [], tmp_path / "out", Options(seeds=2)),

@@ -22,9 +22,10 @@ from vaflow.train.heads import NORMALIZE, VAModel
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
+from vaflow.train.masks import drop_modality
 from vaflow.train.run_folder import build_model
 from vaflow.train.stacked_models import StackedModels, stacked_batch
-from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, drop_modality, gather_each, tensors_of
+from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, gather_each, tensors_of
 
 B, F, S, WINDOWS = 3, 4, 6, 10
 MEL = StreamSpec("mel", AUDIO, 8, frames_per_step=2)

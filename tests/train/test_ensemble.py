@@ -15,7 +15,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import best_weights, combine, concordance_weights, ensemble_runs, onto_simplex
 from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.submit import submit_run
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=2, device="cpu")
 

@@ -21,7 +21,7 @@ from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import ensemble_runs
 from vaflow.train.smoothing import Smoothing, write_smoothing
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=1, device="cpu")
 

@@ -20,7 +20,7 @@ from vaflow.train.ensemble import ensemble_runs
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder, load_run
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=8, device="cpu", kl_weight=0)
 NAMES = ("sad", "calm", "happy")

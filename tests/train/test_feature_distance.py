@@ -12,7 +12,8 @@ from vaflow.files import write_tensors
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.inputs import resolve
-from vaflow.train.traces import Trace, prediction_csv
+from vaflow.train.prediction_files import prediction_csv
+from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import AXES, FeatureGaussian, TrainingFeatures, read_training_features
 
 

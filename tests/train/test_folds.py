@@ -11,10 +11,10 @@ from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
-from vaflow.train.groups import make_folds, source_splits, split_items
+from vaflow.train.folds import make_folds, source_splits, split_items
 from vaflow.train.run_folder import RunFolder, require_record
 from vaflow.train.scores import failed_items
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=1, device="cpu", folds=3)
 BOTH = ("train", "val")

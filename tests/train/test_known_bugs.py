@@ -17,15 +17,15 @@ from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
 from vaflow.train.batch import Batch, Output
 from vaflow.train.config import TrainConfig
-from vaflow.train.data import load_split
-from vaflow.train.epochs import train_step
-from vaflow.train.groups import make_folds
+from vaflow.train.data import Data, load_split
+from vaflow.train.folds import make_folds
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, total_loss
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.scores import evaluate_windows
-from vaflow.train.session import Data, new_model
+from vaflow.train.session import new_model
 from vaflow.train.traces import predict_clips
+from vaflow.train.training_loop import train_step
 from vaflow.train.windows import WindowSet
 
 

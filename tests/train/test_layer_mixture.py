@@ -10,7 +10,7 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo, array_problems
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.layers import LayerMixture
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 SAMPLING = {"window": 4.0, "stride": 2.0, "frames": 8, "audio_steps": 8}
 LAYERED = StreamInfo("deep", "visual", 6, "float32", {"encoder": "toy", "layers": [3, 4, 5, 6], "sampling": SAMPLING})

@@ -17,7 +17,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.heads.layers import PromptHead
 from vaflow.train.run_folder import load_run
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = TrainConfig(
     hidden=16, lr=3e-3, batch_size=8, epochs=2, device="cpu", text="clip-tiny.text", prompt_context=3, kl_weight=1.0

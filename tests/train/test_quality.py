@@ -14,7 +14,8 @@ from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.masks import during_speech, face_quality, frame_columns, speech_activity
-from vaflow.train.traces import Trace, prediction_csv
+from vaflow.train.prediction_files import prediction_csv
+from vaflow.train.traces import Trace
 from vaflow.train.windows import WindowSet
 
 CLIP = "train0"

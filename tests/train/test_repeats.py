@@ -108,7 +108,7 @@ def test_an_interrupted_batch_resumes_to_the_same_results(cache, tmp_path, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("vaflow.train.stacked_epochs.save_checkpoint", stop_in_the_second_epoch)
+        patch.setattr("vaflow.train.stacked_loop.save_checkpoint", stop_in_the_second_epoch)
         assert ablate(cache, tmp_path, tmp_path / "parts", *options, grid=grid) == 130
     assert ablate(cache, tmp_path, tmp_path / "parts", *options, grid=grid) == 0
     runs = sorted(path.name for path in (tmp_path / "whole" / "runs").iterdir())

@@ -24,7 +24,7 @@ from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.run_folder import RunFolder, cache_of, load_run
-from vaflow.train.training import Result, train_run
+from vaflow.train.train_run import Result, train_run
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")

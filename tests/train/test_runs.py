@@ -12,16 +12,16 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
 from vaflow.files import read_tensors, write_tensors
-from vaflow.train import session, training
+from vaflow.train import session
 from vaflow.train.batch import Batch
 from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
+from vaflow.train.data import load_data
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import PROTOTYPES, RunFolder, load_run
 from vaflow.train.run_record import RunRecord, new_record
-from vaflow.train.session import load_data
-from vaflow.train.training import train_run
+from vaflow.train.train_run import Result, train_run
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")
@@ -39,7 +39,7 @@ def run(cache: Cache, tmp_path_factory) -> Path:
     return out
 
 
-def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> training.Result:
+def quiet_run(cache: Cache, config: TrainConfig, out: Path, **options) -> Result:
     return train_run(cache, config, out, tensorboard=False, figures=False, **options)
 
 
@@ -106,7 +106,7 @@ def test_evaluating_writes_predictions_of_another_split(cache: Cache, run: Path)
 
 
 def test_a_finished_run_is_not_trained_again(cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "fit", _never)
+    monkeypatch.setattr("vaflow.train.train_run.fit", _never)
     result = quiet_run(cache, CONFIG, run)
     assert result.was_done and result.metrics == RunFolder(run).read_metrics()
     assert quiet_run(cache, replace(CONFIG, device="auto"), run).was_done
@@ -157,7 +157,7 @@ def test_an_interrupted_run_rejects_other_clips(tmp_path: Path, monkeypatch) -> 
 def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
     config, inputs = resolve(cache, CONFIG)
     data = load_data(cache, config, inputs)
-    monkeypatch.setattr(session, "load_split", _never)
+    monkeypatch.setattr(data, "load_split", _never)
     result = quiet_run(cache, CONFIG, tmp_path / "run", data=data)
     assert result.metrics == RunFolder(run).read_metrics()
 
@@ -206,7 +206,7 @@ def test_training_validates_its_arguments_before_starting(tmp_path: Path, monkey
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fit", _never)
+        patch.setattr("vaflow.train.train_run.fit", _never)
         with pytest.raises(DataError, match="val0"):
             quiet_run(cache, CONFIG, tmp_path / "run")
     result = quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run", allow_missing=True)

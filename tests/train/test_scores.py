@@ -21,8 +21,9 @@ from vaflow.train.batch import Batch, Output
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import resolve
+from vaflow.train.prediction_files import prediction_csv, write_predictions
 from vaflow.train.scores import evaluate_windows, failed_items, score
-from vaflow.train.traces import predict_clips, prediction_csv, write_predictions
+from vaflow.train.traces import predict_clips
 from vaflow.train.windows import WindowSet
 
 

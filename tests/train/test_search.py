@@ -15,23 +15,10 @@ from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
 from vaflow.train.evaluate import evaluate_run
-from vaflow.train.groups import split_items
+from vaflow.train.folds import split_items
 from vaflow.train.run_record import from_json
-from vaflow.train.search_trials import (
-    DONE,
-    FAILED,
-    STOPPED,
-    Choice,
-    Log,
-    Range,
-    Space,
-    Trial,
-    continues,
-    importances,
-    propose,
-    read_space,
-    rungs,
-)
+from vaflow.train.search_space import Choice, Range, Space, read_space
+from vaflow.train.search_trials import DONE, FAILED, STOPPED, Log, Trial, continues, importances, propose, rungs
 
 pytest.importorskip("optuna")
 
@@ -217,7 +204,7 @@ def test_trials_never_read_the_held_out_split(searched, cache):
 
 
 def test_a_killed_search_resumes_to_the_same_result(searched, command, cache, monkeypatch):
-    import vaflow.train.together as runs
+    import vaflow.train.repeats as runs
 
     out, train, calls = cache.parent / "killed", runs.train_run, []
 

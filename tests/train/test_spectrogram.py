@@ -22,7 +22,7 @@ from vaflow.train.heads.layers import Spectrogram
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import load_run
 from vaflow.train.run_record import RunRecord, new_record
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 BANDS = 5
 

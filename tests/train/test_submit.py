@@ -12,7 +12,7 @@ from vaflow.cli import main
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.submit import read_sample, submit_run
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 HEADER = "image_location,valence,arousal"
 

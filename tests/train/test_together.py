@@ -18,16 +18,17 @@ from vaflow.files import read_tensors
 from vaflow.train.batch import BINARY, CLASSES, Batch
 from vaflow.train.checkpoint import Progress, save_checkpoint
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.epochs import fit
+from vaflow.train.data import Data, LoadedSplits, data_key, load_data
 from vaflow.train.heads import NORMALIZE
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.inputs import resolve
-from vaflow.train.session import Data, LoadedSplits, data_key, load_data, new_model
-from vaflow.train.stacked_epochs import Member, fit_together, take_step
+from vaflow.train.repeats import FOLD, VARYING, Choice, Trainer, batches_of, choose
+from vaflow.train.session import new_model
+from vaflow.train.stacked_loop import Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels
-from vaflow.train.together import FOLD, VARYING, Choice, Trainer, batches_of, choose
-from vaflow.train.training import Result
+from vaflow.train.train_run import Result
+from vaflow.train.training_loop import fit
 from vaflow.train.windows import gather_each
 
 CPU = torch.device("cpu")
@@ -301,7 +302,7 @@ def test_interrupting_a_batch_of_runs_gives_the_same_files(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("vaflow.train.stacked_epochs.save_checkpoint", stop_in_the_second_epoch)
+        patch.setattr("vaflow.train.stacked_loop.save_checkpoint", stop_in_the_second_epoch)
         with pytest.raises(KeyboardInterrupt):
             train_all(cache, runs, parts)
     train_all(cache, runs, parts)
@@ -358,7 +359,7 @@ def test_a_short_training_is_not_measured(cache: Cache) -> None:
 
 
 def test_measuring_keeps_random_state_and_returns_times(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaflow.train.together.WORTH_MEASURING", 0)
+    monkeypatch.setattr("vaflow.train.repeats.WORTH_MEASURING", 0)
     runs = configs(cache)
     data = [LoadedSplits(cache).data(runs[0])] * len(runs)
     torch.manual_seed(5)

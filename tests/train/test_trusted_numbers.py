@@ -13,12 +13,12 @@ from vaflow.cache import Cache, create_cache
 from vaflow.cli import main
 from vaflow.errors import DataError
 from vaflow.train.config import TrainConfig
-from vaflow.train.data import load_split
-from vaflow.train.epochs import fit
+from vaflow.train.data import Data, load_split
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import load_run
-from vaflow.train.session import Data, new_model
-from vaflow.train.training import train_run
+from vaflow.train.session import new_model
+from vaflow.train.train_run import train_run
+from vaflow.train.training_loop import fit
 from vaflow.train.windows import StreamTable, WindowSet
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=1, device="cpu")

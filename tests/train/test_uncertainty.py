@@ -22,7 +22,7 @@ from vaflow.train.evaluate import evaluate_run
 from vaflow.train.losses import gaussian_nll, total_loss
 from vaflow.train.run_folder import load_run
 from vaflow.train.traces import Trace
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 from vaflow.train.uncertainty import (
     Calibration,
     ScaleSearch,

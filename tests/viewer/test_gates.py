@@ -18,7 +18,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.run_folder import load_run
 from vaflow.train.traces import predict_windows
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 from vaflow.viewer.report import write_report
 from vaflow.viewer.run_results import FusionStatistics, fusion_statistics
 

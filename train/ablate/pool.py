@@ -25,7 +25,7 @@ from vaflow.files import lock_folder, write_file
 from vaflow.process import Notes, check_engine, connected, import_ray, starts_here
 from vaflow.train.ablate.tables import ScheduledRun
 from vaflow.train.ablate.workers import Crew, Ended, Message, Processes, Run, Runner, Worker, documents_of, runs_from
-from vaflow.train.together import batches_of, check_mode, one_thread
+from vaflow.train.repeats import batches_of, check_mode, one_thread
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
-from vaflow.cache.documents import canonical
+from vaflow.cache.json_documents import canonical
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
 from vaflow.encoders import is_encoder
 from vaflow.errors import UsageError, explain
 from vaflow.timeline import Grid
 from vaflow.train.config import BEFORE_SETTING, NONE, TrainConfig, coerce, merge, preset, with_aliases
-from vaflow.train.groups import split_items
+from vaflow.train.data import data_key
+from vaflow.train.folds import split_items
 from vaflow.train.inputs import Inputs, resolve, sampling
 from vaflow.train.metrics import SCORES
-from vaflow.train.session import data_key
 
 ALL = "all"
 EACH = ("prompts",)

@@ -19,9 +19,9 @@ from vaflow.process import ChildProcess
 from vaflow.timeline import Floats
 from vaflow.train.config import TrainConfig, from_toml, to_toml
 from vaflow.train.metrics import DIMENSIONS, video_moments
+from vaflow.train.repeats import Trainer, one_thread
 from vaflow.train.run_folder import RunFolder
-from vaflow.train.stacked_epochs import FAILURES
-from vaflow.train.together import Trainer, one_thread
+from vaflow.train.stacked_loop import FAILURES
 
 Run = tuple[TrainConfig, Path]  # resolved settings and directory
 Message = dict[str, Any]  # JSON: "number" and "ended" of a run, "choice" or "note" to print

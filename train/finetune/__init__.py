@@ -21,7 +21,7 @@ from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.train.checkpoint import Progress
 from vaflow.train.config import TrainConfig
-from vaflow.train.epochs import run_epochs
+from vaflow.train.data import Data, load_data
 from vaflow.train.finetune.backbones import (
     Backbone,
     Source,
@@ -39,8 +39,9 @@ from vaflow.train.heads import VAModel, count_parameters
 from vaflow.train.inputs import check_same
 from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.run_record import RunRecord
-from vaflow.train.session import Data, Session, load_data, new_model, reproducible
+from vaflow.train.session import Session, new_model, reproducible
 from vaflow.train.traces import predict_clips
+from vaflow.train.training_loop import run_epochs
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vaflow.cache import Cache
-from vaflow.cache.documents import fingerprint
+from vaflow.cache.json_documents import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS, escape
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import cut
@@ -31,8 +31,8 @@ from vaflow.encoders.preprocessing import Preparation, decode_image
 from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
-from vaflow.train.epochs import seed_from
 from vaflow.train.inputs import InputStream, sampling
+from vaflow.train.training_loop import seed_from
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaflow.train import epochs
+from vaflow.train import training_loop
 from vaflow.train.batch import VISUAL, Batch, Output
 from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
-from vaflow.train.epochs import batch_loss, seeded, update
 from vaflow.train.finetune.backbones import Augment, Backbone, Source
 from vaflow.train.heads import VAModel
 from vaflow.train.losses import REGIONS
+from vaflow.train.masks import drop_modality
 from vaflow.train.optimizer import adamw
-from vaflow.train.windows import StreamTable, WindowSet, ahead, drop_modality, to_device
+from vaflow.train.training_loop import batch_loss, seeded, update
+from vaflow.train.windows import StreamTable, WindowSet, ahead, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.
 ENCODE_BATCH = {"cpu": {"visual": 16, "audio": 2}, "cuda": {"visual": 256, "audio": 64}}
@@ -244,7 +245,7 @@ def read_share(tuning: Tuning, ids: Tensor, numbers: tuple[int, ...]) -> Share:
 
 
 def train_step(tuning: Tuning, share: Share, numbers: tuple[int, ...]) -> Tensor:
-    """Take one step of the optimizer; returns the losses and the norm of the whole batch: see `epochs.update`.
+    """Take one step of the optimizer; returns the losses and the norm of the whole batch: see `training_loop.update`.
 
     Args:
         numbers: seed of the step's randomness (dropout).
@@ -285,7 +286,7 @@ def _of_all_processes(fabric: Any, mine: Tensor) -> Tensor:
 
 
 def train_epoch(tuning: Tuning, epoch: int) -> Row:
-    """Pass once over the trainable windows: see `epochs.train_epoch`. The next batch is read during each step."""
+    """Pass once over the trainable windows: see `training_loop.train_epoch`. The next batch is read meanwhile."""
     tuning.model.train()
     config = tuning.config
 
@@ -295,4 +296,4 @@ def train_epoch(tuning: Tuning, epoch: int) -> Row:
     def learn(step: int, share: Share) -> Tensor:
         return train_step(tuning, share, (config.seed, epoch, step))
 
-    return epochs.train_epoch(tuning.optimizer, tuning.windows, config, epoch, read, learn)
+    return training_loop.train_epoch(tuning.optimizer, tuning.windows, config, epoch, read, learn)

@@ -24,7 +24,7 @@ from secrets import token_hex
 from typing import Any, NamedTuple
 
 from vaflow import files
-from vaflow.cache.documents import (
+from vaflow.cache.json_documents import (
     canonical,
     crc32c,
     file_facts,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import differences
 from vaflow.cache.costs import carry_costs
-from vaflow.cache.documents import canonical
+from vaflow.cache.json_documents import canonical
 from vaflow.cache.maintenance import load_streams
 from vaflow.cache.opening import PathLike, create_cache, is_cache, layout_of, open_cache
 from vaflow.cache.schema import LABELS, Array, Json, Record, StreamInfo, unescape

@@ -26,7 +26,7 @@ from vaflow import files
 from vaflow.cache import costs
 from vaflow.cache.cache import Cache
 from vaflow.cache.copy import refuse_inside
-from vaflow.cache.documents import (
+from vaflow.cache.json_documents import (
     canonical,
     crc32c,
     file_facts,

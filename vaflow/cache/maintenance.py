@@ -13,7 +13,7 @@ import numpy as np
 from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record, load_stream
-from vaflow.cache.documents import fingerprint, manifest_document, seal
+from vaflow.cache.json_documents import fingerprint, manifest_document, seal
 from vaflow.cache.layout import Layout
 from vaflow.cache.opening import layout_of, open_cache, read_manifest
 from vaflow.cache.packed import PackedCache

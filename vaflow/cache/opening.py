@@ -7,7 +7,7 @@ from typing import Any
 
 from vaflow import files
 from vaflow.cache.cache import Cache
-from vaflow.cache.documents import manifest_document, seal, unseal
+from vaflow.cache.json_documents import manifest_document, seal, unseal
 from vaflow.cache.layout import Layout
 from vaflow.cache.packed import PackedCache, refuse_writing
 from vaflow.cache.remote import Remote, url_of

@@ -1,52 +1,30 @@
-"""The `vaflow` command: the subcommands, exit codes, the mapping of errors to messages, and `vaflow info`.
+"""The `vaflow` command: the subcommands, exit codes, the and the mapping of errors to messages.
 
 Each command parses its options, calls one library function and prints the result. Command modules import nothing heavy
 at the top, so that `vaflow --help` takes a tenth of a second.
 """
 
-import importlib.metadata
 import io
 import os
-import platform
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 from typer.main import get_command
 
-from vaflow.cli import ablate, cache, cache_import, extract, predict, train, view
-from vaflow.cli.common import (
-    PANELS,
-    Command,
-    CommandGroup,
-    Output,
-    echo,
-    heading,
-    help_width,
-    loading,
-    print_error,
-    print_json,
-    print_parser_error,
-)
+from vaflow.cli import ablate, cache, cache_import, extract, info, predict, train, view
+from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error, print_parser_error
 from vaflow.cli.options import command_class, epilog, with_options
-from vaflow.errors import UsageError, VaflowError, explain, is_out_of_memory
+from vaflow.errors import FAILED, INTERRUPTED, TERMINATED, UsageError, VaflowError, explain, is_out_of_memory
 from vaflow.extract.config import ExtractConfig
 from vaflow.process import prepare_environment
 from vaflow.train.config import TrainConfig
-
-INTERRUPTED, TERMINATED = 130, 143
-# Listed by `vaflow info`
-PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
-EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}
-VARIABLES = ("VAFLOW_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")
 
 app = typer.Typer(
     name="vaflow",
@@ -87,74 +65,7 @@ _add(RESULT, predict.trace, hidden=True)
 _add(RESULT, view.view, view.faces, view.report, view.runs)
 app.add_typer(view.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
 _add("Commands", view.agree, group=view.app)
-_add(MORE, extract.demo)
-
-
-def info(output: Output) -> int:
-    """Print versions, devices, optional extras and cache folders. Add the output to a bug report.
-
-    Example: vaflow info
-
-    Example: vaflow info --json
-    """
-    with loading(output):
-        facts = collect()
-    if output.json:
-        print_json(facts)
-        return 0
-    for title, values in facts.items():
-        if not values:
-            continue
-        echo(heading(title))
-        for name, value in values.items():
-            echo(f"  {name}: {value}")
-    return 0
-
-
-def collect() -> dict[str, dict[str, Any]]:
-    """Section -> name -> value, all of them strings, numbers or None."""
-    import av
-    import torch
-
-    from vaflow import __version__
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    torch_home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-    return {
-        "Versions": {
-            "vaflow": __version__,
-            "Python": platform.python_version(),
-            "system": platform.platform(),
-            **{name: _version(name) for name in PACKAGES},
-            "FFmpeg in av": ", ".join(f"{k} {v[0]}.{v[1]}" for k, v in sorted(av.library_versions.items())),
-            "CUDA in torch": str(torch.version.cuda),
-        },
-        "Devices": {
-            "CPU cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-            "GPUs": ", ".join(gpus) or "none",
-            "--device auto": "cuda" if gpus else "cpu",
-        },
-        "Extras": {name: _version(package) for name, package in EXTRAS.items()},
-        "Programs": {name: shutil.which(name) or "not found" for name in ("ffmpeg", "g++")},
-        "Folders": {
-            "installed in": str(Path(__file__).parents[1]),
-            "copies of remote caches": os.environ.get("VAFLOW_CACHE_DIR") or "temporary (VAFLOW_CACHE_DIR is not set)",
-            "Hugging Face weights": str(hub),
-            "torch weights": str(torch_home),
-        },
-        "Environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-_add(MORE, info)
+_add(MORE, extract.demo, info.info)
 
 
 @app.callback(invoke_without_command=True)
@@ -214,7 +125,7 @@ def _run(args: Sequence[str] | None) -> int:
     except OSError as error:  # a full or read-only disk, in any command
         remedy = "Free space or grant access, then run the same command again to resume"
         print_error(explain("The operating system reported an error", got=error, remedy=remedy))
-        return 1
+        return FAILED
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise

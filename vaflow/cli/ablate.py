@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
-from vaflow.cli.common import FAILED, Output, alias_pairs, echo, loading, number, print_json, report_failures, table
+from vaflow.cli.common import Output, alias_pairs, echo, loading, number, print_json, report_failures, table
 from vaflow.cli.options import Aliases, AllowMissing, Cache, Device, Engine, RayAddress, Together, flag, option
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import FAILED, UsageError, count, explain, visible
 from vaflow.process import check_engine
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ def search(
 
     with loading(output):
         from vaflow.train.search import run_nested_search, run_search
-        from vaflow.train.search_trials import SearchOptions, read_space
+        from vaflow.train.search_space import read_space
+        from vaflow.train.search_trials import SearchOptions
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
@@ -345,7 +346,8 @@ def folds(
     """
     from vaflow.cache import open_cache
     from vaflow.train.config import TrainConfig
-    from vaflow.train.groups import make_folds, read_column, warn_unknown
+    from vaflow.train.folds import make_folds
+    from vaflow.train.groups import read_column, warn_unknown
 
     opened = open_cache(cache)
     members = read_column(groups) if groups else None

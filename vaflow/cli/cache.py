@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vaflow.cli.common import FAILED, SOME_FAILED, Output, echo, file_size, print_json, summary_json, table
+from vaflow.cli.common import Output, echo, file_size, print_json, summary_json, table
 from vaflow.cli.options import CachePath, NewCache, Store, argument, flag, option, variant
-from vaflow.errors import CorruptError, UsageError, command, count, examples, explain, visible
+from vaflow.errors import FAILED, SOME_FAILED, CorruptError, UsageError, command, count, examples, explain, visible
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -221,7 +221,7 @@ def people(
     chosen = Choices(person, read_choices(choices) if choices is not None else {})
     options: dict[str, Any] = {"weights": weight_pairs(weights or []), "device": device, "workers": workers}
     from vaflow.cache import open_cache
-    from vaflow.extract.chosen_people import choose_people
+    from vaflow.extract.people_from_cache import choose_people
 
     encoded, copied = choose_people(open_cache(cache), out, chosen, options, store=store, show_progress=output.bars)
     clips = encoded.extracted + encoded.done

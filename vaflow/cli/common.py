@@ -20,12 +20,11 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from vaflow.errors import UsageError, count, explain, visible
+from vaflow.errors import FAILED, SOME_FAILED, UsageError, count, explain, visible
 
 log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
-FAILED, SOME_FAILED = 1, 3  # exit codes
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
 
 

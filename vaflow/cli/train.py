@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vaflow.cli.common import (
-    FAILED,
-    SOME_FAILED,
     Output,
     alias_pairs,
     check_directory,
@@ -35,15 +33,15 @@ from vaflow.cli.options import (
     option,
     variant,
 )
-from vaflow.errors import UsageError, explain, visible
+from vaflow.errors import FAILED, SOME_FAILED, UsageError, explain, visible
 from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
 from vaflow.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache as VACache
-    from vaflow.train.together import Repeats
-    from vaflow.train.training import Result
+    from vaflow.train.repeats import Repeats
+    from vaflow.train.train_run import Result
 
 
 PresetAliases = Annotated[
@@ -117,8 +115,8 @@ def train(
     from vaflow.cache import open_cache
 
     with loading(output):
-        from vaflow.train.together import repeats_of
-        from vaflow.train.training import train_run
+        from vaflow.train.repeats import repeats_of
+        from vaflow.train.train_run import train_run
 
     if seeds is not None or all_folds:
         if fresh or weights:
@@ -158,7 +156,7 @@ def _train_repeats(
     """Train several runs, and print their scores."""
     from tqdm import tqdm
 
-    from vaflow.train.together import train_repeats
+    from vaflow.train.repeats import train_repeats
 
     with tqdm(total=len(runs), unit="run", desc="train", disable=not output.bars) as bar:
 

@@ -5,21 +5,9 @@ from typing import Annotated
 
 import typer
 
-from vaflow.cli.common import (
-    FAILED,
-    SOME_FAILED,
-    Output,
-    check_directory,
-    check_file,
-    echo,
-    interval,
-    loading,
-    number,
-    print_json,
-    table,
-)
+from vaflow.cli.common import Output, check_directory, check_file, echo, interval, loading, number, print_json, table
 from vaflow.cli.options import argument, flag, option
-from vaflow.errors import UsageError, count, explain
+from vaflow.errors import FAILED, SOME_FAILED, UsageError, count, explain
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
 

@@ -37,7 +37,7 @@ from vaflow.errors import UsageError, VaflowError, command, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.train.config import TrainConfig
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 VIDEOS, CROPS, LABELS = "raw_videos", "cropped_aligned", "VA_Estimation_Challenge"
 LABEL_FOLDERS = {"train": "Train_Set", "val": "Validation_Set"}

@@ -17,7 +17,7 @@ import torch
 
 from vaflow.encoders.audio_models import WindowEncoder
 from vaflow.encoders.base import KALDI, FrontEnd, LayerChoice, Request, Segments, TokenGrid, autocast, split_layers
-from vaflow.encoders.checkpoints import (
+from vaflow.encoders.huggingface_checkpoints import (
     CONFIG,
     PICKLE,
     PROCESSOR,

@@ -29,7 +29,7 @@ from vaflow.encoders.base import (
     standardised,
     whole_window,
 )
-from vaflow.encoders.checkpoints import FAMILIES, LoadedModel, load
+from vaflow.encoders.huggingface_checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.logmel import RATE
 from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing

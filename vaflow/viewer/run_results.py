@@ -337,7 +337,7 @@ def fusion_statistics(run: Path, cache: Cache, split: str, centers: float) -> Fu
         VaflowError: the run or the cache cannot be read.
     """
     from vaflow.train.data import load_windows
-    from vaflow.train.groups import split_items
+    from vaflow.train.folds import split_items
     from vaflow.train.run_folder import load_run
     from vaflow.train.traces import predict_windows
 

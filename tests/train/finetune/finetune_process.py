@@ -15,7 +15,7 @@ from vaflow.cache import open_cache
 from vaflow.files import write_tensors
 from vaflow.train.finetune import processes
 from vaflow.train.finetune.step import read_share, train_step
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 
 CONFIG = replace(SETTINGS, dropout=0.0, augment=True, accumulate=2)
 WINDOWS = 5  # of the batch: not a multiple of the divisor

@@ -9,12 +9,12 @@ import torch
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.schema import Json
 from vaflow.train.config import TrainConfig
-from vaflow.train.epochs import seeded
+from vaflow.train.data import Data, load_data
 from vaflow.train.finetune.backbones import Backbone, Source, build_backbones, choose_trained, load_sources, tunable
 from vaflow.train.finetune.step import TunedModel, Tuning, make_optimizer
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.run_folder import build_model
-from vaflow.train.session import Data, load_data
+from vaflow.train.training_loop import seeded
 
 SETTINGS = TrainConfig(
     finetune=True, hidden=16, epochs=2, batch_size=2, lr=1e-3, backbone_lr=1e-4, device="cpu", augment=False

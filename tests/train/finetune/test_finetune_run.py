@@ -23,7 +23,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.run_folder import RunFolder, load_run, require_record
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 from vaflow.viewer.run_results import read_history
 
 CONFIG = replace(SETTINGS, augment=True, uncertainty="variance")

@@ -19,7 +19,7 @@ from vaflow.train.finetune import processes
 from vaflow.train.finetune.backbones import Backbone
 from vaflow.train.finetune.step import Tuning, divide, read_share, train_epoch, train_step
 from vaflow.train.losses import total_loss
-from vaflow.train.training import train_run
+from vaflow.train.train_run import train_run
 from vaflow.train.windows import ahead
 
 NUMBERS = (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Sources of predictions, written beside them as `sources.json`.
+"""Files of predictions: a CSV per clip, and what they were made from, `sources.json`.
 
 A run's folder and its cache can change later; this file records what they were, and `vaflow provenance` compares.
 """
@@ -12,17 +12,58 @@ from typing import Any
 
 from vaflow import __version__
 from vaflow.cache import Cache, address
-from vaflow.cache.documents import canonical, fingerprint, now
+from vaflow.cache.json_documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.datasets.files import below
+from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import CorruptError, DataError, explain
 from vaflow.files import is_behind_link, write_file
+from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.run_folder import ENSEMBLE_FILE
 from vaflow.train.run_record import RunRecord
-from vaflow.train.traces import Trace, write_predictions
+from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 
 SOURCES_FILE = "sources.json"
+
+
+def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
+    """Write one CSV per clip, `<item>.csv`; see `prediction_csv`."""
+    for trace in traces:
+        write_file(below(folder, f"{trace.clip.item}.csv"), prediction_csv(trace))
+
+
+def prediction_csv(trace: Trace) -> str:
+    """Text of a prediction CSV, a row per frame.
+
+    Columns: frame (0-based), time (s), valence, arousal; label_valence, label_arousal where the clip is annotated
+    (empty where a row is not); face, audio (0 or 1) where the run reads such a stream; region; valence_std,
+    arousal_std and far_from_training (0 or 1) of runs with a variance head; interpolated (0 or 1); face_quality (0 to
+    1) and speech (0 or 1) where the cache holds them.
+    """
+    clip = trace.clip
+    columns: dict[str, Iterable[str]] = {
+        "frame": map(str, range(len(clip.time))),
+        "time": (f"{t:.6f}" for t in clip.time.tolist()),
+    }
+    columns |= {name: [f"{x:.6f}" for x in trace.va[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
+    if clip.valid.any():
+        for k, name in enumerate(DIMENSIONS):
+            pairs = zip(clip.value[:, k].tolist(), clip.valid[:, k].tolist(), strict=True)
+            columns[f"label_{name}"] = [f"{x:.6f}" if valid else "" for x, valid in pairs]
+    flags = {"face": trace.face, "audio": trace.audio}
+    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
+    columns["region"] = ("_".join(REGIONS[k]) for k in trace.region.tolist())
+    if trace.std is not None:
+        columns |= {f"{name}_std": [f"{x:.6f}" for x in trace.std[:, k].tolist()] for k, name in enumerate(DIMENSIONS)}
+    flags = {"far_from_training": trace.far, "interpolated": trace.interpolated}
+    columns |= {name: map(str, mask.astype(int).tolist()) for name, mask in flags.items() if mask is not None}
+    if trace.face_quality is not None:
+        columns["face_quality"] = [f"{x:.3f}" for x in trace.face_quality.tolist()]
+    if trace.speech is not None:
+        columns["speech"] = map(str, trace.speech.astype(int).tolist())
+    rows = (",".join(row) for row in zip(*columns.values(), strict=True))
+    return "\n".join([",".join(columns), *rows]) + "\n"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from vaflow.cache import Cache, create_cache
 from vaflow.cache.copy import ItemCopy, TransferSummary, refuse_inside, survey, transfer
 from vaflow.cache.costs import append_costs
-from vaflow.cache.documents import fingerprint
+from vaflow.cache.json_documents import fingerprint
 from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip

@@ -20,11 +20,12 @@ from vaflow.train.batch import Batch, Output
 from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.losses import LOSS_SETTINGS, total_loss
+from vaflow.train.masks import drop_modality
 from vaflow.train.metrics import DIMENSIONS, SCORES, mean_over_dimensions, within_video_ccc
 from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.scores import score
 from vaflow.train.traces import Trace, predict_clips
-from vaflow.train.windows import Prefetcher, WindowSet, drop_modality
+from vaflow.train.windows import Prefetcher, WindowSet
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from vaflow.errors import VaflowError
 from vaflow.train.batch import Batch
 from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
 from vaflow.train.config import TrainConfig
-from vaflow.train.epochs import check_finite, end_epoch, epoch_losses, in_order, is_finished, seed_from
+from vaflow.train.data import Data
+from vaflow.train.masks import drop_modality
 from vaflow.train.optimizer import lr_factor, make_optimizer
-from vaflow.train.session import Data
 from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.traces import predict_clips
-from vaflow.train.windows import Prefetcher, drop_modality, gather_each
+from vaflow.train.training_loop import check_finite, end_epoch, epoch_losses, in_order, is_finished, seed_from
+from vaflow.train.windows import Prefetcher, gather_each
 
 # Errors that end one run while the others continue: bad data, a device error, lack of memory, a full disk.
 FAILURES = (VaflowError, RuntimeError, MemoryError, OSError, ValueError)

@@ -14,10 +14,9 @@ from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.data import check_has_clips
-from vaflow.train.epochs import fit
+from vaflow.train.data import Data, check_has_clips, load_data
 from vaflow.train.evaluate import outdated_clips
-from vaflow.train.groups import split_items
+from vaflow.train.folds import split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.run_record import (
@@ -30,7 +29,8 @@ from vaflow.train.run_record import (
     shared_recordings,
     to_json,
 )
-from vaflow.train.session import Data, Session, load_data, new_model, reproducible
+from vaflow.train.session import Session, new_model, reproducible
+from vaflow.train.training_loop import fit
 
 log = logging.getLogger(__name__)
 

@@ -21,16 +21,17 @@ from vaflow.device import choose_device, keep_memory
 from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
-from vaflow.train.epochs import train_step
+from vaflow.train.data import Data, LoadedSplits
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import LOSS_SETTINGS
 from vaflow.train.metrics import SCORES
 from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import RunFolder
-from vaflow.train.session import Data, LoadedSplits, Session, new_model, reproducible
-from vaflow.train.stacked_epochs import FAILURES, Member, fit_together, take_step
+from vaflow.train.session import Session, new_model, reproducible
+from vaflow.train.stacked_loop import FAILURES, Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels
-from vaflow.train.training import Result, is_finished, open_session, train_run
+from vaflow.train.train_run import Result, is_finished, open_session, train_run
+from vaflow.train.training_loop import train_step
 from vaflow.train.windows import gather_each
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,114 @@
+"""Folds of a cross-validation, with about equal numbers of labelled frames.
+
+The clips of a source video (`_left` and `_right`) share image and audio, so they stay in one fold; a column of a groups
+file (speaker, site) can take the video's place. A fold is a split named "fold2of5"; all other folds together are
+"rest2of5". Every option that takes a split takes these names. A fold of the default splits can be divided again, for
+nested cross-validation. Folds need no seed and no file.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vaflow.cache import Cache
+from vaflow.cache.schema import LABELS
+from vaflow.errors import UsageError, explain
+from vaflow.train.config import TrainConfig
+from vaflow.train.groups import read_column
+
+_NAME = re.compile(r"(?P<which>fold|rest)(?P<fold>\d+)of(?P<folds>\d+)")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold: its clips, their groups (source videos, by default), and the number of labelled frames."""
+
+    items: tuple[str, ...]
+    groups: tuple[str, ...]
+    labelled: int
+
+
+def fold_items(cache: Cache, splits: Sequence[str]) -> list[str]:
+    """Clips of the splits that folds divide, sorted; a split may itself be a fold of the default splits.
+
+    Raises:
+        UsageError: the cache lacks one of the splits, or both of the default ones.
+    """
+    if tuple(splits) == TrainConfig.fold_splits:  # of the default splits, one may be absent
+        present = {str(row.get("split") or "none") for row in map(cache.meta, cache.items())}
+        splits = [split for split in splits if split in present] or splits
+    return sorted({item for split in splits for item in split_items(cache, split, TrainConfig.fold_splits)})
+
+
+def make_folds(
+    cache: Cache, splits: Sequence[str], folds: int, groups: Mapping[str, str] | None = None
+) -> tuple[Fold, ...]:
+    """Divide the clips of some splits into folds.
+
+    The group with the most labelled frames goes first, each into the fold with the fewest labelled frames so far.
+
+    Args:
+        folds: number of folds, at least 2.
+        groups: clip or source video -> group that stays in one fold; None: the source video. A clip without an entry
+            keeps its source video.
+
+    Raises:
+        UsageError: none of the splits exists, or `folds` is below 2 or above the number of labelled groups.
+    """
+    members: dict[str, list[str]] = {}
+    labelled: dict[str, int] = {}
+    for item in fold_items(cache, splits):
+        video = str(cache.meta(item).get("group") or item)
+        group = video if groups is None else groups.get(item) or groups.get(video) or video
+        frames = int(cache.read(LABELS, item, ["valid"]).valid.any(axis=1).sum())
+        members.setdefault(group, []).append(item)
+        labelled[group] = labelled.get(group, 0) + frames
+    useful = sum(count > 0 for count in labelled.values())
+    if not 2 <= folds <= useful:
+        noun = "source videos" if groups is None else "groups"
+        problem = f"Cannot divide {', '.join(splits)} into {folds} folds"
+        raise UsageError(explain(problem, expected=f"2 to {useful} folds: {useful} {noun} are labelled"))
+    parts: list[list[str]] = [[] for _ in range(folds)]
+    frames_of = [0] * folds
+    for group in sorted(members, key=lambda name: (-labelled[name], name)):
+        k = min(range(folds), key=lambda i: (frames_of[i], len(parts[i]), i))
+        parts[k].append(group)
+        frames_of[k] += labelled[group]
+    return tuple(
+        Fold(tuple(sorted(item for group in part for item in members[group])), tuple(sorted(part)), frames)
+        for part, frames in zip(parts, frames_of, strict=True)
+    )
+
+
+def with_folds(config: TrainConfig) -> TrainConfig:
+    """Return the settings with fold names as splits, if they ask for cross-validation."""
+    if not config.folds:
+        return config
+    name = f"{config.fold}of{config.folds}"
+    return replace(config, train_split=f"rest{name}", val_split=f"fold{name}")
+
+
+def split_items(cache: Cache, split: str, fold_splits: Sequence[str], fold_groups: str = "") -> list[str]:
+    """Clips of a split or a fold; folds divide the clips of `fold_splits` by video, or by `fold_groups`.
+
+    Raises:
+        UsageError: there is no such split or fold.
+    """
+    name = _NAME.fullmatch(split)
+    if name is None:
+        return cache.items(split=split)
+    groups = read_column(fold_groups) if fold_groups else None
+    parts = make_folds(cache, fold_splits, int(name["folds"]), groups)
+    number = int(name["fold"])
+    if not 1 <= number <= len(parts):
+        raise UsageError(explain(f"Fold {number} does not exist", expected=f"1 to {len(parts)}"))
+    if name["which"] == "fold":
+        return list(parts[number - 1].items)
+    return sorted(item for k, part in enumerate(parts, 1) if k != number for item in part.items)
+
+
+def source_splits(split: str, fold_splits: Sequence[str]) -> tuple[str, ...]:
+    """Splits of the data set that a split's clips come from: itself, or those that the folds divide."""
+    if _NAME.fullmatch(split) is None:
+        return (split,)
+    return tuple(dict.fromkeys(name for part in fold_splits for name in source_splits(part, TrainConfig.fold_splits)))
