@@ -196,7 +196,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A finished run, ready to predict.
 
     Attributes:
@@ -219,7 +219,7 @@ class Run:
         """The model that predicts."""
         return self.model if self.each is None else self.each
 
-    def with_smoothing(self, smoothing: Smoothing | None) -> "Run":
+    def with_smoothing(self, smoothing: Smoothing | None) -> "LoadedRun":
         """Return the run with another smoothing; without its calibration, unless the smoothing is the same."""
         same = width_of(smoothing) == width_of(self.smoothing)
         return replace(self, smoothing=smoothing, calibration=self.calibration if same else None)
@@ -303,7 +303,7 @@ def _named_files(config: Path) -> Iterable[str]:
     return files
 
 
-def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
+def load_run(path: Path, device: torch.device | str = "cpu") -> LoadedRun:
     """Load a finished run; no cache is needed.
 
     Raises:
@@ -329,7 +329,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> Run:
             *(path, path),
         )
         calibration = None
-    return Run(record, model, each, smoothing, calibration, read_training_features(folder.path))
+    return LoadedRun(record, model, each, smoothing, calibration, read_training_features(folder.path))
 
 
 def width_of(smoothing: Smoothing | None) -> dict[str, str | float]:

@@ -44,7 +44,7 @@ from vaflow.train.inputs import sampling
 from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_files import prediction_csv, read_sources, write_sources
-from vaflow.train.run_folder import Run, RunFolder, load_run, local_run
+from vaflow.train.run_folder import LoadedRun, RunFolder, load_run, local_run
 from vaflow.train.scores import featureless
 from vaflow.train.traces import Trace
 
@@ -260,7 +260,7 @@ def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
         raise UsageError(explain(problem, expected=expected, got=examples(foreign), remedy="Choose another --out"))
 
 
-def extraction_settings(members: Mapping[Path, Run], config: PredictConfig) -> ExtractConfig:
+def extraction_settings(members: Mapping[Path, LoadedRun], config: PredictConfig) -> ExtractConfig:
     """The extraction that makes every stream of the runs.
 
     Raises:
@@ -318,7 +318,7 @@ def items_of(cache: Cache, clips: Sequence[str]) -> list[str]:
     return [item for clip, each in zip(clips, divided, strict=True) for item in ([clip] if clip in items else each)]
 
 
-def check_alike(members: Mapping[Path, Run]) -> None:
+def check_alike(members: Mapping[Path, LoadedRun]) -> None:
     """Check that one extraction serves all runs: the same encoder behind a name, and the same sampling.
 
     Raises:
@@ -335,7 +335,7 @@ def check_alike(members: Mapping[Path, Run]) -> None:
                 raise UsageError(explain(problem, expected=expected, got=f"{elsewhere} and {path}", remedy=remedy))
 
 
-def extraction_facts(run: Run) -> Iterator[tuple[str, object]]:
+def extraction_facts(run: LoadedRun) -> Iterator[tuple[str, object]]:
     """Name and value of every fact that an extraction for the run must have."""
     for stream in run.record.head_streams:
         if "weights" in stream.identity:
@@ -373,7 +373,7 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
 
 
 def write_clips(
-    run: Path, members: Mapping[Path, Run], weights: Floats, features: ClipFeatures, show_progress: bool
+    run: Path, members: Mapping[Path, LoadedRun], weights: Floats, features: ClipFeatures, show_progress: bool
 ) -> list[Predicted]:
     """Write the files of every clip: the weighted mean of the runs of `run`; `weights` is [N, 2], a row per run.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ def encoder() -> Any:
 
 def embeddings_of(encoder: Any, words: str, count: int) -> torch.Tensor:
     """The tower's own vectors of `count` words, one token each."""
-    tokens = encoder._tokenizer()([words])[0, 1 : 1 + count]
+    tokens = open_clip.get_tokenizer("ViT-B-16")([words])[0, 1 : 1 + count]
     return encoder._model.token_embedding(tokens).detach()
 
 

@@ -72,7 +72,9 @@ def test_layers_of_ast_are_pooled_like_its_output() -> None:
     frames = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 398, 128)).astype(np.float32))
     encoded = both.encode(frames, window=4, steps=4)
     assert both.layers == (1, 2) and encoded.shape == (1, 4, 2, both.dim) and both.identity["layers"] == [1, 2]
-    hidden = both.module(both._normalised(frames, 4), output_hidden_states=True).hidden_states[1][0, 2:]
+    length, mean, std = both.geometry.max_length, both.identity["mean"], both.identity["std"]
+    padded = torch.nn.functional.pad(frames, (0, 0, 0, length - frames.shape[1]))
+    hidden = both.module((padded - mean) / (2 * std), output_hidden_states=True).hidden_states[1][0, 2:]
     tokens = hidden.unflatten(0, (whole.geometry.frequency_tokens, -1)).mean(dim=0)
     for step, members in enumerate(whole.geometry.tokens.members(4, 4)):
         torch.testing.assert_close(encoded[0, step, 0], tokens[members].mean(dim=0))

@@ -24,7 +24,17 @@ from vaflow.errors import UsageError, VaflowError, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.process import Notes, check_engine, connected, import_ray, starts_here
 from vaflow.train.ablate.tables import ScheduledRun
-from vaflow.train.ablate.workers import Crew, Ended, Message, Processes, Run, Runner, Worker, documents_of, runs_from
+from vaflow.train.ablate.workers import (
+    Crew,
+    Ended,
+    Message,
+    Processes,
+    Runner,
+    RunSpec,
+    Worker,
+    documents_of,
+    runs_from,
+)
 from vaflow.train.repeats import batches_of, check_mode, one_thread
 
 log = logging.getLogger(__name__)
@@ -87,7 +97,7 @@ class Pool:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def train(self, runs: Sequence[Run]) -> Generator[tuple[int, Ended], None, None]:
+    def train(self, runs: Sequence[RunSpec]) -> Generator[tuple[int, Ended], None, None]:
         """Train runs; yields the number and the outcome of each as it ends.
 
         Raises:
@@ -106,7 +116,7 @@ class Pool:
             yield from self._train_on(self._crew, runs, deque(batches))
 
     def _train_on(
-        self, crew: Crew, runs: Sequence[Run], waiting: deque[list[int]]
+        self, crew: Crew, runs: Sequence[RunSpec], waiting: deque[list[int]]
     ) -> Generator[tuple[int, Ended], None, None]:
         deaths: Counter[int] = Counter()
         while waiting or any(worker.batch for worker in self._workers):
@@ -222,7 +232,7 @@ class RayActors(Crew):
             self._ray.kill(actor)
         self._stack.__exit__(*error)
 
-    def places(self, runs: Sequence[Run]) -> int:
+    def places(self, runs: Sequence[RunSpec]) -> int:
         """One actor per GPU, or per CPU of a cluster without GPUs: a run trains with one thread.
 
         Raises:
@@ -277,7 +287,7 @@ class RayWorker(Worker):
         self._ray, self._actor = ray, actor
         self.call = actor.prepare.remote()
 
-    def give(self, runs: Sequence[Run]) -> None:
+    def give(self, runs: Sequence[RunSpec]) -> None:
         """Send a batch."""
         self.call = self._actor.exchange.remote(documents_of([(config, out.absolute()) for config, out in runs]))
 
@@ -381,7 +391,7 @@ class Member:
             raise self._error
         return [*({"note": note} for note in self._notes.collect()), *messages]
 
-    def _train(self, runs: Sequence[Run]) -> None:
+    def _train(self, runs: Sequence[RunSpec]) -> None:
         try:
             for _, out in runs:
                 wait_for_lock(out)

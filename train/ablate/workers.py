@@ -23,7 +23,7 @@ from vaflow.train.repeats import Trainer, one_thread
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.stacked_loop import FAILURES
 
-Run = tuple[TrainConfig, Path]  # resolved settings and directory
+RunSpec = tuple[TrainConfig, Path]  # resolved settings and directory
 Message = dict[str, Any]  # JSON: "number" and "ended" of a run, "choice" or "note" to print
 
 
@@ -53,7 +53,7 @@ class Runner:
         self._cache, self._moments = cache, moments
         self._trainer = Trainer(cache, **options)
 
-    def train(self, runs: Sequence[Run]) -> Iterator[tuple[int, Ended]]:
+    def train(self, runs: Sequence[RunSpec]) -> Iterator[tuple[int, Ended]]:
         """Train a batch of runs; yields the number and the outcome of each."""
         begun = time.perf_counter()
         for number, result in self._trainer.train(runs):
@@ -125,12 +125,12 @@ def read_moments(run: Path) -> dict[str, Floats]:
         raise CorruptError(explain(f"{moments_file(run)} is damaged", got=error, remedy="Delete it")) from error
 
 
-def documents_of(runs: Sequence[Run]) -> list[dict[str, str]]:
+def documents_of(runs: Sequence[RunSpec]) -> list[dict[str, str]]:
     """The runs as JSON."""
     return [{"config": to_toml(config), "out": str(out)} for config, out in runs]
 
 
-def runs_from(documents: Sequence[Mapping[str, str]]) -> list[Run]:
+def runs_from(documents: Sequence[Mapping[str, str]]) -> list[RunSpec]:
     """Invert `documents_of`."""
     return [(from_toml(run["config"]), Path(run["out"])) for run in documents]
 
@@ -152,7 +152,7 @@ class Worker:
     def __init__(self) -> None:
         self.batch: dict[int, int] = {}
 
-    def give(self, runs: Sequence[Run]) -> None:
+    def give(self, runs: Sequence[RunSpec]) -> None:
         """Start a batch. `take` detects a worker that has died."""
         raise NotImplementedError
 
@@ -170,7 +170,7 @@ class Crew:
 
     retries = 0
 
-    def places(self, runs: Sequence[Run]) -> int:
+    def places(self, runs: Sequence[RunSpec]) -> int:
         """Number of workers that may work at once on these runs."""
         raise NotImplementedError
 
@@ -196,7 +196,7 @@ class Processes(Crew):
         self._arguments, self._count = (cache, level, dict(options)), count
         self._workers: list[Process] = []
 
-    def places(self, runs: Sequence[Run]) -> int:
+    def places(self, runs: Sequence[RunSpec]) -> int:
         """The number of processes."""
         return self._count
 
@@ -222,7 +222,7 @@ class Process(Worker):
         super().__init__()
         self._child, self.pipe = child, child.pipe
 
-    def give(self, runs: Sequence[Run]) -> None:
+    def give(self, runs: Sequence[RunSpec]) -> None:
         """Send a batch."""
         try:
             self.pipe.send_bytes(json.dumps(documents_of(runs)).encode())

@@ -85,7 +85,7 @@ MovedCache = Annotated[Path | None, option("CACHE", "Current place of the run's 
 Store = Annotated[str | None, option("STORE", "Store of a new cache: zarr or hdf5.")]
 
 # Runs
-Run = Annotated[Path, argument("RUN", "Run directory, as written by `vaflow train`.")]
+RunPath = Annotated[Path, argument("RUN", "Run directory, as written by `vaflow train`.")]
 RunOrEnsemble = Annotated[Path, argument("RUN", "Directory of a run or an ensemble.")]
 ModelOutputs = Annotated[
     str | None, option("V,A", "Outputs that are valence and arousal, where RUN is a model (onnx:FILE).")

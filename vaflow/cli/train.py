@@ -25,7 +25,7 @@ from vaflow.cli.options import (
     HelpAll,
     ModelOutputs,
     MovedCache,
-    Run,
+    RunPath,
     Weights,
     argument,
     flag,
@@ -222,7 +222,7 @@ WeightsSplit = Annotated[
 
 def evaluate(
     output: Output,
-    run: Run,
+    run: RunPath,
     cache: OtherCache = None,
     split: Split = None,
     smooth: Smooth = None,
@@ -305,7 +305,7 @@ def _evaluate_model(
 
 def smooth(
     output: Output,
-    run: Run,
+    run: RunPath,
     kind: Kind = "mean",
     seconds: Width = "auto",
     cache: MovedCache = None,
