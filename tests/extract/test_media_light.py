@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
-MODULES = ("video", "audio", "faces", "faces.detection", "faces.crops", "faces.tracking", "sources", "worker")
+MODULES = (
+    "video",
+    "audio",
+    "faces.detection",
+    "faces.crops",
+    "faces.tracking",
+    "source_identity",
+    "image_folders",
+    "worker",
+)
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")
 
 

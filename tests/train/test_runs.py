@@ -157,7 +157,7 @@ def test_an_interrupted_run_rejects_other_clips(tmp_path: Path, monkeypatch) -> 
 def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
     config, inputs = resolve(cache, CONFIG)
     data = load_data(cache, config, inputs)
-    monkeypatch.setattr(data, "load_split", _never)
+    monkeypatch.setattr("vaflow.train.data.load_split", _never)
     result = quiet_run(cache, CONFIG, tmp_path / "run", data=data)
     assert result.metrics == RunFolder(run).read_metrics()
 
