@@ -21,6 +21,7 @@ from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
+from vaflow.train.smoothing import Smoothing, write_smoothing
 from vaflow.train.train_run import train_run
 
 SPLITS = {"a": "train", "b": "train", "sub/c": "val", "d": "val"}
@@ -151,6 +152,11 @@ def test_edited_predictions_and_other_weights_are_detected(run):
     assert only(find_provenance(run, "sub/c"))["settings_state"] == "changed"
     csv.unlink()
     assert only(find_provenance(run, "d"))["csv_state"] == "missing"
+
+
+def test_a_smoothing_that_was_added_is_a_change(run):
+    write_smoothing(run, Smoothing("mean", 2.0))
+    assert only(find_provenance(run, "d"))["weights_state"] == "changed"
 
 
 def test_rewritten_copied_and_dropped_items_are_detected(run, cache, root, tmp_path):

@@ -30,7 +30,7 @@ from vaflow.timeline import Floats
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import read_for
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.prediction_files import Maker, prediction_folders, read_sources, write_evaluation
+from vaflow.train.prediction_files import Maker, read_sources, write_evaluation
 from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
 from vaflow.train.run_record import RunRecord
 from vaflow.train.scores import check_complete, failed_items, score, score_traces
@@ -139,7 +139,7 @@ def ensemble_runs(
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")
     ensemble = replace(ensemble, relative=[os.path.relpath(run, folder.path.resolve()) for run in ensemble.runs])
     write_file(folder.path / ENSEMBLE_FILE, (json.dumps(asdict(ensemble), indent=2) + "\n"))
-    write_evaluation(folder.predictions(split), maker_of(folder.path), cache, traces)
+    write_evaluation(folder.output_folder(split), maker_of(folder.path), cache, traces)
     folder.write_metrics(report)
     return ensemble, report
 
@@ -205,7 +205,10 @@ def warn_of_changed_members(path: Path) -> None:
     """Log a warning if weights or smoothing of an ensemble's runs are not those that its predictions were made with."""
     if not (path / ENSEMBLE_FILE).is_file():
         return
-    recorded = next(filter(None, map(read_sources, prediction_folders(path))), None)
+    folder = RunFolder(path)
+    if not folder.metrics_file.is_file():
+        return
+    recorded = read_sources(folder.predictions(str(folder.read_metrics().get("split"))))  # other splits can be older
     if recorded is None:
         return
     maker = maker_of(path)
@@ -232,14 +235,21 @@ class Members:
     def traces(self, split: str) -> list[list[Trace]]:
         """Traces of every run on a split, smoothed as stored with the run."""
         if split not in self._made:
-            self._lost[split], self._made[split] = {}, []
+            self._lost[split] = {}
+            traces: list[list[Trace]] = []
             for run in self.runs:
                 trained = load_run(run, self._device)
                 read = partial(load_split, self._cache, split, device=self._device, show=self._show)
                 windows = read_for(run, trained.record, self._cache, read)
+                items = [clip.item for clip in windows.clips]
+                if traces and items != [trace.clip.item for trace in traces[0]]:
+                    problem = f"{self.runs[0]} and {run} have other clips in split {split!r}"
+                    expected = "runs with the same --fold-groups and fold_splits"
+                    raise UsageError(explain(problem, expected=expected))
                 lost = check_complete(windows, self.failed(split), self._allow_missing)
                 self._lost[split] |= {clip.item: clip for clip in lost}
-                self._made[split].append(list(trained.traces(windows)))
+                traces.append(list(trained.traces(windows)))
+            self._made[split] = traces
         return self._made[split]
 
     def lost(self, split: str) -> list[ClipRows]:

@@ -132,16 +132,27 @@ def _last_commit(cache: Cache, item: str) -> float:
 def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
     """Warnings about clips that share a file with each other, or with clips that the run was trained on."""
     config = record.config
-    streams = [stream.name for stream in record.streams if stream.name in cache.streams()]
+
+    def digests(of: Cache, clips: Iterable[str]) -> dict[str, ClipDigest]:
+        return clip_digests(of, [stream.name for stream in record.streams if stream.name in of.streams()], clips)
+
     train: dict[str, ClipDigest] = {}
     places = [place for place in cache_places(run, record) if "://" not in place and is_cache(place)]
     if places and split != config.train_split:
         try:
             trained_on = cache if address(cache.place) in places else open_cache(places[0])
-            train = clip_digests(trained_on, (), split_items(trained_on, config.train_split, config.fold_splits))
+            train = digests(trained_on, _training_clips(run, config, trained_on))
         except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
             log.warning("Not compared with the clips that %s was trained on: %s", run, error)
-    return shared_recordings(split, clip_digests(cache, streams, items), train)
+    return shared_recordings(split, digests(cache, items), train)
+
+
+def _training_clips(run: Path, config: TrainConfig, cache: Cache) -> list[str]:
+    """Clips of a cache that a run was trained on; the split can have changed since, and so can a file of groups."""
+    known = (RunFolder(run).read_clips() or {}).get(config.train_split)
+    if known is None:  # a run of an older version
+        return split_items(cache, config.train_split, config.fold_splits, config.fold_groups)
+    return sorted(known.keys() & set(cache.items()))
 
 
 def read_for(run: Path, record: RunRecord, cache: Cache, read: Callable[..., WindowSet]) -> WindowSet:

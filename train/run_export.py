@@ -40,6 +40,7 @@ from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 
 OPSET = 17
 PARTS = {VISUAL: ("features", "valid"), AUDIO: ("features", "valid", "inside", "time")}  # inputs per stream
+OPTIONAL = (SMOOTHING, CALIBRATION, TRAINING_FEATURES, "model-*.safetensors", "heads*.onnx", "encoders/**/*")
 FRAME_INTERVAL = 0.1  # seconds, of the example that is traced
 
 
@@ -70,6 +71,9 @@ def export_run(run: Path, out: Path) -> list[Path]:
         for key, name in (("prototypes", PROTOTYPES), ("context", CONTEXT))
         if name in weights
     }
+    for path in (path for pattern in OPTIONAL for path in out.glob(pattern)):  # of an earlier export
+        if path.is_file() and path.relative_to(out).as_posix() not in named:
+            path.unlink()
     for name, path in named.items():
         write_file(out / name, path.read_bytes())
     write_file(out / PUBLISHED_CONFIG, json.dumps(config, indent=2) + "\n")

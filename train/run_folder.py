@@ -168,7 +168,7 @@ class RunFolder:
         """Replace the scores in `metrics.json` of a finished run; the facts about its training stay."""
         if not self.done:
             return
-        about = ("best_epoch", "best_epoch_each", "epochs")
+        about = ("best_epoch", "best_epoch_each", "epochs", "layer_shares")
         old = self.read_metrics()
         self.write_metrics({**metrics, **{key: old[key] for key in about if key in old}})
 

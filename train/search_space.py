@@ -14,7 +14,7 @@ from vaflow.train.config import TrainConfig, coerce, merge
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-RESERVED = ("folds", "fold", "fold_splits", "train_split", "val_split", "finetune", "device", "init")
+RESERVED = ("folds", "fold", "fold_groups", "fold_splits", "train_split", "val_split", "finetune", "device", "init")
 RANGE = {"low", "high", "log", "step"}
 EXAMPLE = "lr = { low = 1e-5, high = 1e-3, log = true }"
 

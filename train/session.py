@@ -17,7 +17,7 @@ from vaflow.cache import Cache
 from vaflow.device import forbid_tf32, keep_memory
 from vaflow.encoders import build_encoder, context_tower, demonstration_notice
 from vaflow.encoders.clip import ContextTower
-from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.files import write_tensors
 from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
@@ -29,9 +29,18 @@ from vaflow.train.prediction_files import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, build_model, load_run, require_record
 from vaflow.train.run_record import RunRecord, is_utf8
 from vaflow.train.scores import check_complete, evaluate_windows, failed_items
+from vaflow.train.smoothing import FILE as SMOOTHING
+from vaflow.train.smoothing import write_smoothing
 from vaflow.train.training_log import describe, reporter, tensorboard_writer, warn_of_labels
 from vaflow.train.training_loop import seeded
-from vaflow.train.uncertainty import TrainingFeatures, calibrate, calibrated, uncertainty_report, write_calibration
+from vaflow.train.uncertainty import (
+    CALIBRATION,
+    TrainingFeatures,
+    calibrate,
+    calibrated,
+    uncertainty_report,
+    write_calibration,
+)
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +153,7 @@ class Session:
         """Evaluate the best epoch, write all files and return the metrics; `metrics.json` is written last."""
         config, split = self.config, self.config.val_split
         predictor: nn.Module = model
+        self._remove_corrections()
         self.folder.write_history(progress.history)
         write_tensors(self.folder.weights_file, progress.best)
         for name, weights in progress.each.items():
@@ -174,6 +184,15 @@ class Session:
         if self.figures:
             self._draw(progress, traces)
         return report
+
+    def _remove_corrections(self) -> None:
+        """Remove the smoothing and the calibration of a run that was trained longer: they belong to other weights."""
+        path = self.folder.path
+        if (path / SMOOTHING).is_file():
+            again = command("smooth", path)
+            log.warning("%s was trained longer; its smoothing is removed. To choose one again: %s", path, again)
+        write_smoothing(path, None)
+        (path / CALIBRATION).unlink(missing_ok=True)
 
     def _draw(self, progress: Progress, traces: Any) -> None:
         """Draw the figures. A failure is logged; the run is complete without them."""

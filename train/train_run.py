@@ -137,7 +137,7 @@ def _check_clips(session: Session) -> RunRecord | None:
     streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
     known = [name for name in streams if name in cache.streams()]
     splits = {
-        split: clip_digests(cache, known, split_items(cache, split, config.fold_splits))
+        split: clip_digests(cache, known, split_items(cache, split, config.fold_splits, config.fold_groups))
         for split in (config.train_split, config.val_split)
     }
     before = None if old is None else folder.read_clips()

@@ -257,7 +257,7 @@ def compare_prediction(
         "vaflow": recorded.vaflow,
         "cache": recorded.cache,
         "csv_state": csv_state,
-        "weights_state": SAME if recorded.weights.items() <= present.weights.items() else CHANGED,
+        "weights_state": SAME if recorded.weights == present.weights else CHANGED,
         "settings_state": SAME if recorded.settings == present.settings else CHANGED,
         "streams": {name: facts["fingerprint"] for name, facts in recorded.streams.items()},
         "records": {

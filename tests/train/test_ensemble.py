@@ -1,6 +1,7 @@
 """Ensembles: weights equal brute force and SciPy, traces equal manual sums."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,3 +211,24 @@ def test_region_probabilities_are_averaged(runs: list[Path], cache: Cache) -> No
     for mixed, one, other in zip(combine(traces_of_runs, weights), *traces_of_runs, strict=True):
         assert one.regions is not None and other.regions is not None
         np.testing.assert_allclose(mixed.regions, 0.4 * one.regions + 0.6 * other.regions)
+
+
+def test_runs_that_divide_a_split_differently_are_rejected(cache: Cache, tmp_path: Path) -> None:
+    rows = [f"{item},{k % 2}" for k, item in enumerate(reversed(cache.items()))]
+    (tmp_path / "groups.csv").write_text("\n".join(["item,speaker", *rows]) + "\n")
+    for name, groups in (("a", ""), ("b", f"{tmp_path / 'groups.csv'}:speaker")):
+        config = replace(CONFIG, epochs=1, folds=2, fold_groups=groups)
+        train_run(cache, config, tmp_path / name, tensorboard=False, figures=False)
+    for how in ("mean", "search"):
+        with pytest.raises(UsageError, match=r"other clips in split 'fold1of2'.*--fold-groups"):
+            ensemble_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "e", how, device="cpu")
+
+
+def test_predictions_of_an_ensemble_do_not_leave_its_directory(runs: list[Path], tmp_path: Path) -> None:
+    ensemble_runs(runs, tmp_path / "e", device="cpu")
+    shutil.rmtree(tmp_path / "e" / "predictions")
+    (tmp_path / "e" / "predictions").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UsageError, match="Remove the link"):
+        ensemble_runs(runs, tmp_path / "e", device="cpu")
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -176,6 +176,20 @@ def test_runs_that_changed_since_the_ensemble_are_named(
     assert message.endswith(f"vaflow ensemble {runs[0]} {runs[1]} --out {ensemble}")
 
 
+def test_predictions_of_an_earlier_ensemble_are_not_those_of_the_present_one(
+    runs: list[Path], cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ensemble_runs(runs, tmp_path / "e", split="train", device="cpu")
+    write_smoothing(runs[1], Smoothing("mean", 1.0))
+    try:
+        ensemble_runs(runs, tmp_path / "e", device="cpu")
+        caplog.clear()
+        predict_media(tmp_path / "e", [], tmp_path / "out", PredictConfig(device="cpu", cache=cache.path))
+    finally:
+        write_smoothing(runs[1], None)
+    assert not caplog.records
+
+
 def test_an_ensemble_is_moved_together_with_its_runs(
     runs: list[Path], cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

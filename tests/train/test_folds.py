@@ -103,6 +103,26 @@ def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_pa
     assert other["n_clips"] == len(parts[0].items)
 
 
+def test_a_run_on_folds_of_groups_is_bound_to_its_clips(cache: Cache, tmp_path: Path) -> None:
+    table = tmp_path / "groups.csv"
+
+    def write_groups(speakers: int) -> None:
+        videos = sorted({str(cache.meta(item).get("group") or item) for item in cache.items()})
+        rows = [f"{video},{k % speakers}" for k, video in enumerate(videos)]
+        table.write_text("\n".join(["item,speaker", *rows]) + "\n")
+
+    config, run = replace(CONFIG, folds=2, fold_groups=f"{table}:speaker"), tmp_path / "run"
+    write_groups(2)
+    train_run(cache, config, run, tensorboard=False, figures=False)
+    clips = RunFolder(run).read_clips()
+    assert clips is not None
+    assert set(clips["fold1of2"]) == {path.stem for path in RunFolder(run).predictions("fold1of2").glob("*.csv")}
+    assert not evaluate_run(run, cache, device="cpu", write=False)["warnings"]
+    write_groups(4)
+    with pytest.raises(UsageError, match="does not hold the clips"):
+        train_run(cache, replace(config, epochs=2), run, tensorboard=False, figures=False)
+
+
 def test_failed_clips_count_in_every_fold_of_their_split(cache: Cache) -> None:
     path = cache.path / "failures.jsonl"
     path.write_text('{"item": "lost", "split": "val"}\n{"item": "other", "split": "test"}\n')

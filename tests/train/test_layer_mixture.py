@@ -9,7 +9,9 @@ import torch
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo, array_problems
 from vaflow.train.config import TrainConfig
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.heads.layers import LayerMixture
+from vaflow.train.run_folder import RunFolder
 from vaflow.train.train_run import train_run
 
 SAMPLING = {"window": 4.0, "stride": 2.0, "frames": 8, "audio_steps": 8}
@@ -62,3 +64,5 @@ def test_a_signal_in_one_layer_gets_the_largest_weight(tmp_path: Path, normalize
     shares = result.metrics["layer_shares"]["deep"]
     assert int(np.argmax(shares)) == 2 and shares[2] > 0.5, shares
     assert result.metrics["ccc"]["mean"] > 0.5
+    evaluate_run(tmp_path / "run", cache, device="cpu")
+    assert RunFolder(tmp_path / "run").read_metrics()["layer_shares"] == result.metrics["layer_shares"]

@@ -18,7 +18,7 @@ from vaflow.timeline import Grid, nearest
 from vaflow.train.batch import Batch
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import choose_smoothing, evaluate_run
+from vaflow.train.evaluate import choose_smoothing, evaluate_run, store_smoothing
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
 from vaflow.train.masks import drop_modality, without_modality
@@ -240,6 +240,18 @@ def test_a_stored_smoothing_is_applied_by_every_prediction(cache: Cache, tmp_pat
     assert RunFolder(run).read_metrics() == before
     with pytest.raises(UsageError, match="Choices: mean, none, savgol"):
         choose_smoothing(run, cache, "median", device="cpu")
+
+
+def test_longer_training_removes_the_smoothing_of_earlier_weights(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, config = tmp_path / "run", replace(CONFIG, epochs=1, uncertainty="variance")
+    quiet_run(cache, config, run)
+    store_smoothing(run, cache, Smoothing("mean", 2.0), device="cpu")
+    longer = quiet_run(cache, replace(config, epochs=2), run).metrics
+    assert f"vaflow smooth {run}" in caplog.text
+    again = evaluate_run(run, cache, device="cpu")
+    assert "smoothing" not in again and again["ccc"] == longer["ccc"] and again["coverage"] == longer["coverage"]
 
 
 def test_smoothing_one_evaluation_does_not_change_the_run(cache: Cache, tmp_path: Path) -> None:

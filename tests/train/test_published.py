@@ -17,6 +17,7 @@ from vaflow.errors import CorruptError, UsageError, WeightsError
 from vaflow.train.pretrained_model import PretrainedModel
 from vaflow.train.run_export import Heads
 from vaflow.train.run_folder import cache_of, load_run, local_run
+from vaflow.train.smoothing import Smoothing, write_smoothing
 
 COMMIT = "1" * 40
 
@@ -140,6 +141,21 @@ def test_missing_tensors_are_reported(exported: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
         PretrainedModel.from_pretrained(tmp_path)
+
+
+def test_a_second_export_leaves_nothing_of_the_first(run: Path, cache: Cache, tmp_path: Path) -> None:
+    write_smoothing(run, Smoothing("mean", 3.0))
+    try:
+        assert main(["export", str(run), str(tmp_path / "hub")]) == 0
+    finally:
+        write_smoothing(run, None)
+    (tmp_path / "hub" / "heads.onnx").touch()
+    (tmp_path / "hub" / "LICENSE").touch()
+    assert main(["export", str(run), str(tmp_path / "hub")]) == 0
+    named = json.loads((tmp_path / "hub" / "config.json").read_text())["files"]
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {*named, "config.json", "README.md", "LICENSE"}
+    expected = predictions(run, cache.path, tmp_path / "run")
+    assert predictions(tmp_path / "hub", cache.path, tmp_path / "export") == expected
 
 
 def test_a_directory_with_other_files_is_not_overwritten(

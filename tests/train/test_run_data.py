@@ -154,6 +154,17 @@ def test_evaluation_warns_of_recordings_that_are_counted_twice_or_were_trained_o
     assert not any("recordings" in warning for warning in warnings["train"])
 
 
+def test_evaluation_warns_of_clips_that_left_the_training_split(cache: Cache, tmp_path: Path) -> None:
+    for item in cache.items():
+        rewrite(cache, VISUAL, item, source={"video": {"blake2b": item * 8}})
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    assert not any("recordings" in warning for warning in evaluate_run(tmp_path / "run", cache)["warnings"])
+    (tmp_path / "splits.csv").write_text("name,split\ntrain1,val\n")
+    assert main(["cache", "splits", str(cache.path), str(tmp_path / "splits.csv"), "-q"]) == 0
+    warnings = evaluate_run(tmp_path / "run", open_cache(cache.path))["warnings"]
+    assert any("shares recordings with the training split" in w and "train1 and train1" in w for w in warnings)
+
+
 def test_clips_with_earlier_data_than_their_files_are_named(cache: Cache, run: Path) -> None:
     failure = {"item": "val0", "stage": "labels", "error": "DataError", "message": "not a number"}
     (cache.path / "failures.jsonl").write_text(json.dumps(failure) + "\n")

@@ -92,6 +92,7 @@ def test_lists_are_choices_and_tables_are_ranges(tmp_path):
         ("dropout = { low = 0.1, high = 2.0 }", "dropout must be"),
         ("fusion = { low = 1, high = 2 }", "must be"),
         ("fold = [1, 2]", "the search sets it"),
+        ('fold_groups = "groups.csv:speaker"', "the search sets it"),
         ("lr = ", "is not TOML"),
     ],
 )
