@@ -31,8 +31,8 @@ from vaflow.item_names import person_item
 from vaflow.timeline import median_interval
 
 BINS = 240  # of a coverage bar
-LEVEL_EDGES = (-1 / 3, 1 / 3)  # thirds of the range [-1, 1]
-CELLS = 24  # of the density of labels, per dimension; a multiple of 3, so that no cell lies in two regions
+BORDER = 0.33  # of the regions, half-way between the default centers of `vaflow train` (0.66)
+CELLS = 24  # of the density of labels, per dimension
 AUDIO_SLACK = 0.5  # seconds of the video that may lack audio before the audio is called partial
 OPENED_CROPS = 3  # of a clip: the first, the middle, the last
 PARTS = 4  # of a clip, evenly distributed, in which people and cuts are looked for
@@ -152,7 +152,8 @@ def label_stats(value: NDArray[np.float64]) -> LabelStats:
     finite = np.isfinite(value)
     filled = np.where(finite, value, 0.0)
     both = value[finite.all(1)]
-    level = np.digitize(both, LEVEL_EDGES)
+    stored = both.astype(np.float32)  # as in the cache: a label on a border is in the lower region, as in training
+    level = (stored > -BORDER).astype(np.int64) + (stored > BORDER)
     cell = np.clip(np.floor((both + 1) * (CELLS / 2)), 0, CELLS - 1).astype(np.int64)
     return LabelStats(
         count=finite.sum(0),

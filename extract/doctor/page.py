@@ -25,7 +25,7 @@ from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
-from vaflow.extract.doctor.facts import BINS, CELLS, LabelStats, some
+from vaflow.extract.doctor.facts import BINS, BORDER, CELLS, LabelStats, some
 from vaflow.extract.image_folders import list_crops, list_stills, read_crop
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
@@ -231,9 +231,9 @@ def label_map(stats: LabelStats, title: str) -> str:
         x, y, shown = LEFT + v * edge, ABOVE + SIDE - (a + 1) * edge, max(0.06, float(opacity[v, a]))
         square = f'x="{x:g}" y="{y:g}" width="{edge:g}" height="{edge:g}"'
         parts.append(f'<rect class="cell" {square} fill-opacity="{shown:.2f}"/>')
-    for k in (1, 2):
-        at = k * third
-        parts.append(f'<path class="third" d="M{LEFT + at:g} {ABOVE}v{SIDE}M{LEFT} {ABOVE + at:g}h{SIDE}"/>')
+    for border in (-BORDER, BORDER):
+        at = (1 + border) * SIDE / 2
+        parts.append(f'<path class="border" d="M{LEFT + at:g} {ABOVE}v{SIDE}M{LEFT} {ABOVE + at:g}h{SIDE}"/>')
     for region, (name, share) in enumerate(zip(REGION_NAMES, occupancy(stats) or [0.0] * 9, strict=True)):
         x, y = LEFT + (region // 3 + 0.5) * third, ABOVE + SIDE - (region % 3 + 0.5) * third
         for line, text in enumerate(name.split(", ")):
