@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from composites import in_a_row, write
 
@@ -59,8 +60,17 @@ def test_the_page_shows_both_people_and_marks_the_stored_one(
 def test_a_clip_with_one_sampled_face_has_a_duration(extracted: Path) -> None:
     cached = next(cached_faces(open_cache(extracted), ["pair <b>"]))
     one = {name: array[:1] for name, array in cached.faces.items() if name != "cut"} | {"cut": cached.faces["cut"]}
-    card = clip_card(replace(cached, faces=one, crops=()))
+    card = clip_card(replace(cached, faces=one, crops=(), step=0.0))
     assert card.duration > 0 and card.people[0].seconds > 0
+
+
+def test_the_page_counts_the_seconds_of_faces_that_are_seldom_found(extracted: Path) -> None:
+    cached = next(cached_faces(open_cache(extracted), ["pair <b>"]))
+    seldom = np.isin(cached.faces["time"], np.unique(cached.faces["time"])[::3])
+    some = {name: array if name == "cut" else array[seldom] for name, array in cached.faces.items()}
+    card = clip_card(replace(cached, faces=some, crops=()))
+    assert [person.seconds for person in card.people] == [1.5, 1.5]  # three samples, half a second apart
+    assert [len(person.spans) for person in card.people] == [3, 3]
 
 
 def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> None:

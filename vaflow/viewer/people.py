@@ -52,6 +52,7 @@ class FacesOfClip:
         clip: its name; item: an item of the cache with its faces, "" if they were detected now.
         faces: arrays of the faces stream.
         items: number of a person -> the item with features of that person.
+        step: seconds between two sampled frames; 0 if unknown.
         video: the file, if it was found.
     """
 
@@ -59,6 +60,7 @@ class FacesOfClip:
     item: str
     faces: Arrays
     items: dict[int, str]
+    step: float
     crops: Jpegs = ()
     video: Path | None = None
 
@@ -122,11 +124,12 @@ def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[FacesOfClip]:
             image_of = dict(zip(pixels.frame.tolist(), pixels.images, strict=True))
             crops = [image_of.get(frame, b"") for frame in faces["frame"].tolist()]
         chosen = {number: name for number, name in numbered.items() if number}
-        yield FacesOfClip(clip, item, faces, chosen, crops)
+        seconds = sum(cache.record(FACES, item).meta.get("seconds", ()))  # of every face
+        yield FacesOfClip(clip, item, faces, chosen, seconds / max(len(faces["time"]), 1), crops)
 
 
-def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
-    """The arrays of the faces stream of a video, detected now.
+def detected_faces(video: Path, network: str, grid: Grid) -> tuple[Arrays, float]:
+    """The arrays of the faces stream of a video, detected now, and the seconds between two sampled frames.
 
     Raises:
         MediaError: the video cannot be read.
@@ -137,14 +140,15 @@ def detected_faces(video: Path, network: str, grid: Grid) -> Arrays:
     with ClipFaces(open_network(network)) as faces:
         for number, image in frames_at(video, sampled_frames, times):
             faces.add(number, float(times[number]), image, detector.detect(image))
-        return dict(faces.people().arrays())
+        people = faces.people()
+        return dict(people.arrays()), people.step
 
 
 def clip_card(clip: FacesOfClip) -> ClipCard:
     """A clip's people with their crops, stored or cut from the video, if there are any."""
     faces = clip.faces
     instants = np.unique(faces["time"])
-    step = median_interval(instants)
+    step = clip.step or median_interval(instants)
     numbers = np.unique(faces["person"]).tolist()
     shown = {}
     for number in numbers:
@@ -303,9 +307,9 @@ def _of_videos(path: Path, network: str, unreadable: list[str]) -> Iterator[Face
         raise UsageError(explain(f"{path} holds no video", expected="a cache, a video, or a directory of videos"))
     for video in videos:
         try:
-            faces = detected_faces(video, network, Grid())
+            faces, step = detected_faces(video, network, Grid())
         except (MediaError, OSError) as error:
             log.warning("%s: %s", video.name, error)
             unreadable.append(video.name)
             continue
-        yield FacesOfClip(video.stem, "", faces, {}, video=video)
+        yield FacesOfClip(video.stem, "", faces, {}, step, video=video)
