@@ -20,7 +20,7 @@ from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.schema import LOGMEL
 from vaflow.datasets import Dataset, log_left_out, open_dataset
 from vaflow.datasets.clip import Clip
-from vaflow.datasets.files import below, is_audio
+from vaflow.datasets.files import below, is_audio, usable
 from vaflow.datasets.videos import has_predictions
 from vaflow.device import choose_device
 from vaflow.encoders import demonstration_notice, warn_of_demonstration
@@ -348,7 +348,7 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
     """One clip per video or audio file. Its id, and so the file name, is the stem; with the extension if two share it.
 
     Raises:
-        UsageError: a path does not exist, or two files have one name.
+        UsageError: a path does not exist, a file's name cannot be that of its predictions, or two files have one name.
     """
     videos: list[Path] = []
     for path in media:
@@ -356,6 +356,9 @@ def clips_of(media: Sequence[Path]) -> tuple[Clip, ...]:
             dataset = open_dataset(path, "videos")
             log_left_out(dataset, skip=("split-missing", "person-labels"))  # a prediction needs neither
             videos += [clip.audio for clip in dataset.clips if clip.audio is not None]
+        elif path.is_file() and not usable(path.name):
+            expected = "a name in UTF-8 without a backslash, because the predictions have the same name"
+            raise UsageError(explain(f"{path} has an unusable name", expected=expected, remedy="Rename the file"))
         elif path.is_file():
             videos.append(path)
         else:

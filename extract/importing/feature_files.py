@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaflow.datasets.affwild2 import strip_side
-from vaflow.datasets.files import SPLITS_FILE, Assignment, head, open_text, printable, separator_of, size_problem
+from vaflow.datasets.files import SPLITS_FILE, Assignment, head, open_text, separator_of, size_problem, usable
 from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point
 from vaflow.errors import DataError, UsageError, examples, explain
 from vaflow.extract.source_identity import file_identity, same_file
@@ -171,12 +171,12 @@ def find_features(folder: Path, *, tables: bool = True, leave_out: Collection[Pa
 
 
 def files_below(folder: Path, leave_out: Collection[Path] = ()) -> Iterator[Path]:
-    """Files in a folder and its subfolders; hidden ones and names that are not UTF-8 are skipped."""
+    """Files in a folder and its subfolders; hidden ones and names that cannot be item ids are skipped."""
     closed = {other for other in leave_out if folder in other.parents}
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if not hidden and printable(str(inside)) and path.is_file() and not closed & set(path.parents):
+        if not hidden and usable(str(inside)) and path.is_file() and not closed & set(path.parents):
             yield path
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
-from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, head
+from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, head, usable
 from vaflow.errors import DataError, UsageError, examples, explain
 from vaflow.extract.importing.feature_files import (
     Columns,
@@ -264,6 +264,9 @@ def _find(folder: Path, labels: Path | None) -> list[FeatureFile]:
             raise UsageError(explain(f"The folder of {name} does not exist", expected="an existing folder", got=path))
     same = labels is not None and labels.resolve() == folder.resolve()
     files = find_features(folder, tables=not same, leave_out=[labels] if labels is not None else [])
+    skipped = [ascii(name) for path in folder.rglob("*") if not usable(name := str(path.relative_to(folder)))]
+    if skipped:
+        log.warning("Files are skipped: names with a backslash or not in UTF-8: %s", examples(sorted(skipped)))
     if not files:
         expected = "<item>.npy with <item>.time.npy, or <item>.csv with a column 'time'"
         remedy = "Name the folder that holds them"

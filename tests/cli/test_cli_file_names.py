@@ -1,4 +1,4 @@
-"""Caches and runs in folders whose names are not UTF-8 are trained on, evaluated and predicted."""
+"""Caches and runs in folders whose names are not UTF-8 are trained on, evaluated and predicted; names of videos."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ from lab import Lab
 from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import open_cache
+from vaflow.errors import UsageError
+from vaflow.predict import clips_of
 from vaflow.train.run_folder import load_run
 
 NAME = "caf\udce9"  # the byte E9 alone, as in Latin-1: Python reads it as a surrogate
@@ -36,3 +38,10 @@ def test_train_evaluate_and_predict_accept_folder_names_that_are_not_utf_8(lab: 
     vaflow("evaluate", run)
     vaflow("predict", run, "--cache", cache, "--out", out)
     assert len(list(Path(out).glob("*.csv"))) == len(open_cache(cache).items())
+
+
+def test_a_video_whose_predictions_cannot_have_its_name_is_rejected_at_the_start(tmp_path: Path) -> None:
+    video = tmp_path / "a\\b.mp4"
+    video.touch()
+    with pytest.raises(UsageError, match=r"unusable name.*without a backslash.*Rename the file"):
+        clips_of([video])

@@ -188,6 +188,12 @@ def test_symlinked_files_are_used_and_symlinked_directories_skipped(tmp_path: Pa
     assert "folder" in dataset.notes[0].message and "broken.mp4" in dataset.notes[1].message
 
 
+def test_names_with_a_backslash_are_skipped_with_a_note(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b\\c.mp4")  # no prediction could have its name
+    dataset = open_dataset(tmp_path)
+    assert ids(dataset) == ["a"] and codes(dataset) == ["unusable-name"]
+
+
 def test_undecodable_names_are_skipped_with_a_note(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4")
     try:

@@ -105,6 +105,14 @@ def test_span_labels_apply_to_the_rows_inside(tmp_path: Path) -> None:
     assert "end is not after start: line 2" in failure.message
 
 
+def test_names_that_no_prediction_can_have_are_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "a", "b\\c")
+    assert bring(tmp_path, labels=False).imported == 1
+    assert "names with a backslash or not in UTF-8: 'b\\\\c.npy'" in caplog.text
+
+
 def test_failures_after_the_tenth_are_only_in_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, *(f"item{k:02}" for k in range(40)), rows=0)
     with caplog.at_level(logging.WARNING):

@@ -48,7 +48,7 @@ class LeftOut:
     Attributes:
         linked: folders that are links, where a layout does not enter them.
         unreadable: folders that cannot be listed.
-        unusable: dangling or looping links, pipes and devices, names that are not UTF-8.
+        unusable: dangling or looping links, pipes and devices, names that are not UTF-8 or contain a backslash.
         ignored: files of a kind that the layout does not use.
     """
 
@@ -74,7 +74,7 @@ class LeftOut:
             message = f"Folders that cannot be listed are left out: {examples(self.unreadable)}"
             notes.append(Note("warning", "unreadable-folder", "", message, "Change their permissions, or remove them"))
         if self.unusable:
-            message = f"Broken links, special files and names that are not UTF-8: {examples(self.unusable)}"
+            message = f"Broken links, special files, names not in UTF-8 or with a backslash: {examples(self.unusable)}"
             notes.append(Note("warning", "unusable-name", "", message, "Rename the files, or correct the links"))
         if self.ignored:
             kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in self.ignored)  # noqa: PTH122
@@ -94,8 +94,8 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> list[os.DirEntry[s
             left_out.unreadable.append(left_out.name(folder))
         return []
     if left_out is not None:
-        left_out.unusable += [left_out.name(entry.path) for entry in visible if not printable(entry.name)]
-    return [entry for entry in visible if printable(entry.name)]
+        left_out.unusable += [left_out.name(entry.path) for entry in visible if not usable(entry.name)]
+    return [entry for entry in visible if usable(entry.name)]
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -152,6 +152,11 @@ def printable(name: str) -> bool:
     return True
 
 
+def usable(name: str) -> bool:
+    """Whether a file name can be an item id: UTF-8 without a backslash, which divides paths on other systems."""
+    return printable(name) and "\\" not in name
+
+
 def below(folder: Path, name: str) -> Path:
     """Path of a name from a data set or a cache, inside a folder. Checks the text only, not the disk.
 
@@ -159,10 +164,10 @@ def below(folder: Path, name: str) -> Path:
         DataError: the name leads out of the folder, or no file can have it.
     """
     parts = name.split("/")
-    odd = not name or {"", ".", ".."} & set(parts) or "\0" in name or "\\" in name or not printable(name)
+    odd = not name or {"", ".", ".."} & set(parts) or "\0" in name or not usable(name)
     if odd or any(len(part.encode()) > _LONGEST_NAME for part in parts):
         problem = "A name cannot be that of a file in a folder"
-        expected = "names separated by '/', none of them '..', empty, or longer than 255 bytes"
+        expected = "names separated by '/', none of them '..', empty, with a backslash, or longer than 255 bytes"
         raise DataError(explain(problem, expected=expected, got=ascii(name[:_SHOWN_NAME])))
     return folder / name
 
