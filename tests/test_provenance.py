@@ -1,8 +1,10 @@
 """Every prediction is traced to its run, weights, cache records and source files; changes are detected."""
 
+import hashlib
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,16 @@ def test_recorded_provenance_is_shown_without_the_cache(run, cache, tmp_path):
         find_provenance(run, cache=tmp_path / "nowhere")
 
 
+def test_settings_that_an_older_version_did_not_have_are_not_changes(run):
+    config, sources = run / "config.toml", run / "predictions" / "val" / "sources.json"
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("patience =")]
+    config.write_text("\n".join(lines))
+    table = tomllib.loads(config.read_text())["train"]
+    digest = hashlib.blake2b(json.dumps(table, sort_keys=True, separators=(",", ":")).encode(), digest_size=16)
+    sources.write_text(json.dumps(json.loads(sources.read_text()) | {"settings": digest.hexdigest()}))
+    assert {entry["settings_state"] for entry in find_provenance(run)["predictions"]} == {"same"}
+
+
 def test_predictions_on_another_cache_name_that_cache(run, cache, tmp_path):
     other = create_cache(tmp_path / "other", store="hdf5")
     convert(cache, other.path, "hdf5")
@@ -211,6 +223,7 @@ def test_predictions_of_new_clips_are_traced_without_stored_features(run, tmp_pa
     assert entry["records"]["toy"]["source"]["video"]["name"] == "new.mp4"
     assert entry["records"]["toy"]["state"] == "not checked"
     assert {one["part"]: one["state"] for one in entry["sources"]}["video"] == "same"
+    assert find_provenance(out, "new") == find_provenance(run, "new", predictions=out)
     video.write_bytes(b"NEW")
     assert {one["part"]: one["state"] for one in only(find_provenance(run, "new", predictions=out))["sources"]}[
         "video"

@@ -127,7 +127,7 @@ class Maker:
     @property
     def settings(self) -> str:
         """BLAKE2b (16 bytes) of a run's settings; of an ensemble, of its runs' in their order."""
-        configs = [record.config.as_dict() for record in self.runs.values()]
+        configs = [record.settings or record.config.as_dict() for record in self.runs.values()]
         return blake2b(canonical(configs if self._many else configs[0]), digest_size=16).hexdigest()
 
     def weights(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ The digests detect changed data and splits that share a recording.
 
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -165,6 +166,7 @@ class RunRecord:
         cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
         data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
         environment: device, PyTorch version and float32 arithmetic of the training.
+        settings: the table of settings as it was read: it lacks settings that were added since; empty in a new record.
     """
 
     config: TrainConfig
@@ -176,6 +178,7 @@ class RunRecord:
     targets: tuple[TargetSpec, ...] = ()
     cache_relative: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def head_streams(self) -> tuple[InputStream, ...]:
@@ -250,6 +253,7 @@ class RunRecord:
                 targets,
                 _path_from_text(document.get("cache_relative", "")),
                 document.get("environment", {}),
+                document["train"],
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
@@ -311,7 +315,8 @@ def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[
         if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
     ]
     if changed:
-        remedy = "Choose another --out, or train again with --fresh"
+        keep = f"--config {shlex.quote(str(run / 'config.toml'))}"
+        remedy = f"Choose another --out, resume with its settings ({keep}), or train again with --fresh"
         raise UsageError(explain(f"{run} holds a run with other settings", got="; ".join(changed), remedy=remedy))
 
 

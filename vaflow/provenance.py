@@ -105,7 +105,7 @@ def find_provenance(
     """Compare what the predictions of a run or an ensemble were made from with the present state.
 
     Args:
-        run: folder of a run or an ensemble.
+        run: folder of a run or an ensemble; or predictions, as `predictions`, whose run is the one that made them.
         item: one clip; None: all.
         cache: current place of the cache, if it was moved.
         root: of the data set: the clips' files are read again and compared.
@@ -119,6 +119,9 @@ def find_provenance(
         UsageError: the folder is not a run, `item` has no prediction, or `root` is not a data set.
         CorruptError: a file of the run is damaged.
     """
+    made = read_sources(run) if predictions is None else None
+    if made is not None:
+        run, predictions = Path(made.run), run
     present = read_present(run, cache, root)
     folders = [predictions] if predictions is not None else list(prediction_folders(run))
     entries = [entry for folder in folders for entry in folder_provenance(folder, present, item)]

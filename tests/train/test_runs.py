@@ -117,7 +117,7 @@ def _never(*args: object, **options: object) -> None:
 
 
 def test_changed_settings_are_rejected_by_name(cache: Cache, run: Path) -> None:
-    with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 2; seed: 0, not 1"):
+    with pytest.raises(UsageError, match=r"other settings.*epochs: 3, not 2; seed: 0, not 1.*--config .*config.toml"):
         quiet_run(cache, replace(CONFIG, epochs=2, seed=1), run)
 
 

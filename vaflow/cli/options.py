@@ -87,6 +87,7 @@ Store = Annotated[str | None, option("STORE", "Store of a new cache: zarr or hdf
 # Runs
 RunPath = Annotated[Path, argument("RUN", "Run directory, as written by `vaflow train`.")]
 RunOrEnsemble = Annotated[Path, argument("RUN", "Directory of a run or an ensemble.")]
+RunOrPredictions = Annotated[Path, argument("RUN", "Directory of a run or an ensemble, or their predictions.")]
 ModelOutputs = Annotated[
     str | None, option("V,A", "Outputs that are valence and arousal, where RUN is a model (onnx:FILE).")
 ]

@@ -16,7 +16,17 @@ from vaflow.cli.common import (
     table,
     weight_pairs,
 )
-from vaflow.cli.options import Device, ModelOutputs, MovedCache, RunOrEnsemble, Weights, argument, flag, option
+from vaflow.cli.options import (
+    Device,
+    ModelOutputs,
+    MovedCache,
+    RunOrEnsemble,
+    RunOrPredictions,
+    Weights,
+    argument,
+    flag,
+    option,
+)
 from vaflow.errors import UsageError, count, examples, explain, visible
 
 if TYPE_CHECKING:
@@ -250,7 +260,7 @@ Predictions = Annotated[
 
 def provenance(
     output: Output,
-    run: RunOrEnsemble,
+    run: RunOrPredictions,
     item: Item = None,
     root: DataRoot = None,
     cache: MovedCache = None,
@@ -260,7 +270,7 @@ def provenance(
 
     Example: vaflow provenance runs/full trial_12 --root /data/affwild2
 
-    Example: vaflow provenance runs/full test_7 --predictions submission.txt
+    Example: vaflow provenance submission.txt test_7
 
     Example: vaflow provenance runs/full --json
     """
