@@ -64,7 +64,10 @@ class Calibration:
 
     def apply(self, trace: Trace) -> Trace:
         """The trace with calibrated standard deviations, if it has any."""
-        return trace if trace.std is None else replace(trace, std=np.maximum(trace.std * self.factors, SMALLEST))
+        if trace.std is None:
+            return trace
+        std = np.maximum(trace.std, SMALLEST) * self.factors  # the factors were chosen for this minimum
+        return replace(trace, std=np.maximum(std, SMALLEST))
 
 
 @dataclass(frozen=True)

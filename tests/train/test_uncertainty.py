@@ -137,6 +137,15 @@ def test_calibration_recovers_the_factor_of_gaussian_errors(factor: float) -> No
             assert share == pytest.approx(int(level) / 100, abs=0.03)
 
 
+def test_runs_that_agree_have_a_calibrated_constant_deviation() -> None:
+    """An ensemble of plain runs has no deviation where one run has all the weight."""
+    traces = [replace(trace, std=np.zeros_like(trace.va)) for trace in gaussian(np.random.default_rng(3), 6, 1.0)]
+    calibration = calibrate(traces, "val")
+    applied = [calibration.apply(trace) for trace in traces]
+    for k in range(2):
+        assert coverage_of(errors_by_video(applied, k))["80"] == pytest.approx(0.8, abs=0.03)
+
+
 def test_coverage_is_averaged_over_videos() -> None:
     rng = np.random.default_rng(2)
     videos = [VideoErrors(rng.normal(size=n), rng.uniform(0.5, 2, n)) for n in (10, 1000, 37)]
