@@ -107,6 +107,8 @@ def ensemble_runs(
     """
     if how not in WEIGHTS:
         raise UsageError(explain("Unknown weights", got=how, choices=WEIGHTS))
+    if how == "mean" and weights_split is not None:
+        raise UsageError(explain("--weights-split is only for --weights ccc and search", got=weights_split))
     if not runs:
         raise UsageError(explain("An ensemble needs runs", expected="at least one", got="none"))
     if repeated := [str(run) for run, number in Counter(Path(run).resolve() for run in runs).items() if number > 1]:

@@ -157,8 +157,9 @@ class Trainer:
                         yield number, Result(session.folder.read_metrics(), was_done=True)
                         continue
                     device = choose_device(session.config.device)
-                    session = stack.enter_context(reproducible(session, device)).begin(splits)
+                    session = stack.enter_context(reproducible(session, device))
                     model = new_model(session.config, session.inputs, splits, device)
+                    session = session.begin(splits)
                     excluded = frozenset(session.unscored(splits))
                 except FAILURES as error:
                     yield number, error

@@ -111,8 +111,8 @@ def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> 
     with reproducible(session, device) as session:
         if data is None:
             data = load_data(cache, config, inputs, device=device, scratch=folder.path, show=session.show)
+        model = new_model(config, inputs, data, device)  # first: settings that do not fit start no run
         session = session.begin(data)
-        model = new_model(config, inputs, data, device)
         with session.reporting() as on_epoch:
             options = {"checkpoint": folder.checkpoint_file, "excluded": session.unscored(data)}
             progress = fit(model, data.train, data.val, config, on_epoch=on_epoch, **options)

@@ -94,6 +94,7 @@ def test_evaluate_smooth_affects_that_evaluation_only(run: Path, capsys) -> None
     for wrong, message in (
         (["--smooth", "median"], "Choices"),
         (["--smooth", "mean", "--smooth-seconds", "x"], "auto"),
+        (["--smooth-seconds", "2"], "requires --smooth"),
     ):
         assert main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err

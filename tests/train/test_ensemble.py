@@ -200,6 +200,12 @@ def test_invalid_ensembles_are_rejected(runs: list[Path], cache: Cache, tmp_path
         ensemble_runs([runs[0], tmp_path / "fold"], tmp_path / "e", device="cpu")
 
 
+def test_a_split_for_equal_weights_is_rejected(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only for --weights ccc and search"):
+        ensemble_runs(runs, tmp_path / "e", weights_split="train", device="cpu")
+    assert not (tmp_path / "e").exists()
+
+
 def test_region_probabilities_are_averaged(runs: list[Path], cache: Cache) -> None:
     from vaflow.train.data import load_split
 

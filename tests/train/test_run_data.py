@@ -200,6 +200,12 @@ def test_equal_label_files_are_not_a_shared_recording(cache: Cache, tmp_path: Pa
     assert not quiet_run(cache, CONFIG, tmp_path / "run").was_done
 
 
+def test_settings_that_do_not_fit_start_no_run(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must be even"):
+        quiet_run(cache, replace(CONFIG, hidden=9), tmp_path / "run")
+    assert not quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run").was_done
+
+
 def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -> None:
     whole = quiet_run(cache, replace(CONFIG, epochs=4), tmp_path / "whole")
     quiet_run(cache, CONFIG, tmp_path / "run")

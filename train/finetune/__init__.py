@@ -109,9 +109,9 @@ def finetune(session: Session, weights: Mapping[str, Path]) -> dict[str, Any]:
         session = replace(session, keep_checkpoint=False)  # the checkpoint has four times the size of the encoders
         backbones = build_backbones(chosen, weights, fabric.device)
         data = load_data(cache, config, inputs, device=fabric.device, scratch=folder.path, show=session.show)
+        heads = _first_heads(session, data, fabric.device)
         session = session.begin(data, write=main)
         sources = [load_sources(cache, part, backbones, folder.path) for part in (data.train, data.val)]
-        heads = _first_heads(session, data, fabric.device)
         model = TunedModel(heads, backbones)
         progress = _fit(session, fabric, model, data, sources[0], sources[1])
         encoded = replace(data, val=_encode(fabric, data.val, sources[1], backbones))

@@ -246,6 +246,8 @@ def evaluate(
     Example: vaflow evaluate onnx:hsemotion.onnx --va 8,9 --cache affwild2.cache
     """
     width = smoothing_width(smooth_seconds)
+    if width is not None and smooth in (None, "none"):
+        raise UsageError(explain("--smooth-seconds requires --smooth mean or savgol", got=smooth_seconds))
     if str(run).startswith("onnx:"):
         metrics = _evaluate_model(str(run), cache, split or "val", va, smooth, width, allow_missing)
         print_metrics(metrics, output)
