@@ -91,6 +91,8 @@ def evaluate_run(
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, trained.calibration.split)
     items = [trace.clip.item for trace in traces]
+    untrained = [name for name in trained.record.untrained if report["ccc"][name] is not None]
+    report["warnings"] += [f"{config.train_split}: {name} is not labelled in this split" for name in untrained]
     report["warnings"] += outdated_clips(cache, split, items)
     report["warnings"] += _shared_recordings(run, trained.record, cache, split, items)
     report |= {"without": without} if without else {}

@@ -165,6 +165,16 @@ def test_evaluation_warns_of_clips_that_left_the_training_split(cache: Cache, tm
     assert any("shares recordings with the training split" in w and "train1 and train1" in w for w in warnings)
 
 
+def test_scores_of_a_dimension_without_training_labels_are_marked(cache: Cache, tmp_path: Path) -> None:
+    for item in cache.items(split="train"):
+        rewrite(cache, "labels", item, valid=cache.read("labels", item).valid & [True, False])
+    warning = "train: arousal is not labelled in this split"
+    assert warning in quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run").metrics["warnings"]
+    assert warning in evaluate_run(tmp_path / "run", cache)["warnings"]
+    assert warning in RunFolder(tmp_path / "run").read_metrics()["warnings"]
+    assert warning not in evaluate_run(tmp_path / "run", cache, "train")["warnings"]
+
+
 def test_clips_with_earlier_data_than_their_files_are_named(cache: Cache, run: Path) -> None:
     failure = {"item": "val0", "stage": "labels", "error": "DataError", "message": "not a number"}
     (cache.path / "failures.jsonl").write_text(json.dumps(failure) + "\n")

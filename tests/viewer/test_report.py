@@ -60,6 +60,19 @@ def test_sums_over_clips_give_the_scores_of_the_run(tmp_path: Path) -> None:
     assert np.all(squared > 0)
 
 
+def test_runs_on_one_dimension_are_reported(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "full")
+    metrics["ccc"]["arousal"] = None
+    (tmp_path / "full" / "metrics.json").write_text(json.dumps(metrics))
+    for file in (tmp_path / "full" / "predictions" / "val").glob("*.csv"):
+        header, *rows = file.read_text().splitlines()
+        column = header.split(",").index("label_arousal")
+        blank = [",".join("" if k == column else x for k, x in enumerate(row.split(","))) for row in rows]
+        file.write_text("\n".join([header, *blank]) + "\n")
+    write_report([tmp_path / "full"], tmp_path / "report.html")
+    assert cells((tmp_path / "report.html").read_text(), "full", "arousal")[1] == "\u2013"
+
+
 def test_differences_equal_a_bootstrap_by_definition(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one", seed=1, noise=0.3), write_run(tmp_path / "two", seed=2, noise=0.05)
     runs = read_runs([tmp_path / "one", tmp_path / "two"])
