@@ -151,7 +151,7 @@ class ChosenItems:
             held = [name for name in self.images if self._source.has(name, item)]
             meta = self._source.record(held[0], item).meta if held else {}
             clip = meta.get("clip", item)
-            items.setdefault(clip, {})[int(meta.get("person", 0))] = item
+            items.setdefault(clip, {})[meta.get("person") or 0] = item
             metas.setdefault(clip, meta)
         for clip, people in items.items():
             yield StoredClip(clip, people, metas[clip], "clip" in metas[clip])

@@ -122,8 +122,10 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
         problem = f"Stream {text!r} of {cache.place} has no prompt set {config.prompts!r}"
         raise UsageError(explain(problem, got=config.prompts, choices=sets))
     prototypes = torch.from_numpy(cache.read(text, config.prompts, ["embedding"]).embedding.copy()).float()
-    descriptions = cache.record(text, config.prompts).source.get("prompts", {}).get("descriptions", ())
-    return config, Inputs(streams, text, prototypes, tuple(descriptions), known[text].identity, targets)
+    prompts = cache.record(text, config.prompts).source.get("prompts")
+    found = prompts.get("descriptions") if isinstance(prompts, dict) else None
+    descriptions = tuple(map(str, found)) if isinstance(found, list) else ()
+    return config, Inputs(streams, text, prototypes, descriptions, known[text].identity, targets)
 
 
 def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names: Sequence[str]) -> list[StreamInfo]:

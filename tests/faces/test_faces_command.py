@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from composites import in_a_row, write
 
-from vaflow.cache import open_cache
+from vaflow.cache import create_cache, open_cache
+from vaflow.cache.schema import FACES, PIXELS, StreamInfo
 from vaflow.cli import main
 from vaflow.viewer.people import cached_faces, clip_card
 
@@ -71,6 +72,18 @@ def test_the_page_counts_the_seconds_of_faces_that_are_seldom_found(extracted: P
     card = clip_card(replace(cached, faces=some, crops=()))
     assert [person.seconds for person in card.people] == [1.5, 1.5]  # three samples, half a second apart
     assert [len(person.spans) for person in card.people] == [3, 3]
+
+
+def test_pixels_without_their_optional_frame_numbers_give_a_page_without_crops(extracted: Path, tmp_path: Path) -> None:
+    faces = dict(open_cache(extracted).read(FACES, "pair <b>").arrays)
+    cache = create_cache(tmp_path / "cache")
+    for info in (StreamInfo(FACES, "faces", 0, "float32"), StreamInfo(PIXELS, "pixels", 0, "uint8")):
+        cache.declare(info)
+    cache.write(FACES, "one", faces)
+    offset, time, valid = np.zeros(2, np.int64), np.zeros(1), np.zeros(1, bool)
+    cache.write(PIXELS, "one", {"data": np.zeros(0, np.uint8), "offset": offset, "time": time, "valid": valid})
+    (clip,) = cached_faces(cache, ["one"])
+    assert not any(clip.crops) and clip.step == 0
 
 
 def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> None:

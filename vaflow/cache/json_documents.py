@@ -182,7 +182,20 @@ def record_from(document: Json) -> Record:
     duration = record.meta.get("duration", 0.0)
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration < MAX_DURATION:
         raise ValueError(f"its duration is {duration!r}, not seconds")
+    _check_people(record.meta)
     return record
+
+
+def _check_people(meta: Json) -> None:
+    """Check the members of a record's meta that name a person of a clip; commands compute with them."""
+    for key in ("person", "persons", "notable"):
+        if meta.get(key) is not None and not _is_count(meta[key]):
+            raise ValueError(f"its {key} is {meta[key]!r}, not a whole number of at least 0")
+    if not isinstance(meta.get("clip", ""), str):
+        raise ValueError(f"its clip is {meta['clip']!r}, not a name")
+    seconds = meta.get("seconds", [])
+    if not isinstance(seconds, list) or not all(type(x) in (int, float) and 0 <= x < MAX_DURATION for x in seconds):
+        raise ValueError("its seconds are not a list of durations")
 
 
 def _is_count(value: Any) -> bool:

@@ -114,12 +114,13 @@ def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[FacesOfClip]:
     for item in items:
         if cache.has(FACES, item):
             meta = next((cache.record(name, item).meta for name in visual if cache.has(name, item)), {})
-            people.setdefault(meta.get("clip", item), {})[int(meta.get("person", 0))] = item
+            people.setdefault(meta.get("clip", item), {})[meta.get("person") or 0] = item
     for clip, numbered in people.items():
         item = numbered[min(numbered)]  # has the crops
         crops = cache.read(CROPS, item).images if CROPS in known and cache.has(CROPS, item) else ()
         faces = dict(cache.read(FACES, item).arrays)
-        if not any(crops) and PIXELS in known and cache.has(PIXELS, item):  # one person
+        with_pixels = PIXELS in known and cache.has(PIXELS, item) and "frame" in cache.record(PIXELS, item).arrays
+        if not any(crops) and with_pixels:  # one person
             pixels = cache.read(PIXELS, item)
             image_of = dict(zip(pixels.frame.tolist(), pixels.images, strict=True))
             crops = [image_of.get(frame, b"") for frame in faces["frame"].tolist()]
