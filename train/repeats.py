@@ -301,6 +301,11 @@ class Repeats:
     scores: Mapping[str, Mapping[str, float | None]]
     failures: Mapping[str, Exception]
 
+    @property
+    def rejected(self) -> bool:
+        """Whether no run was trained because of the settings or the directory."""
+        return not self.scores and all(isinstance(error, UsageError) for error in self.failures.values())
+
     def document(self) -> dict[str, Any]:
         """`repeats.json`: the scores, their mean and their standard deviation (n - 1)."""
         summary = {}
@@ -372,5 +377,6 @@ def train_repeats(
                 if on_run is not None:
                     on_run(name, scores[name]["mean"])
         repeats = Repeats({name: scores[name] for name in runs if name in scores}, failures)
-        write_file(out / "repeats.json", json.dumps(repeats.document(), indent=1) + "\n")
+        if not repeats.rejected:  # else the results of an earlier command stay
+            write_file(out / "repeats.json", json.dumps(repeats.document(), indent=1) + "\n")
     return repeats

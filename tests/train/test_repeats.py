@@ -86,6 +86,17 @@ def test_incompatible_options_are_rejected(cache, tmp_path, capsys, options, mes
     assert message in capsys.readouterr().err
 
 
+def test_other_settings_leave_the_results_of_an_earlier_command(cache, tmp_path, capsys):
+    command = ["train", str(cache), "--out", str(tmp_path / "out"), *SETTINGS, "--epochs", "1", "--seeds", "2"]
+    assert main([*command, "-q"]) == 0
+    before = (tmp_path / "out" / "repeats.json").read_text()
+    capsys.readouterr()
+    assert main([*command, "--lr", "1e-2"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("holds a run with other settings") == 2 and not printed.out
+    assert (tmp_path / "out" / "repeats.json").read_text() == before
+
+
 def test_a_diverging_run_is_reported_and_the_others_finish(cache, tmp_path, capsys):
     assert ablate(cache, tmp_path, tmp_path / "out", "--seeds", "2", "--together", "always") == 3
     stderr = capsys.readouterr().err

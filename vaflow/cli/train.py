@@ -33,7 +33,7 @@ from vaflow.cli.options import (
     option,
     variant,
 )
-from vaflow.errors import FAILED, SOME_FAILED, UsageError, explain, visible
+from vaflow.errors import BAD_USAGE, FAILED, SOME_FAILED, UsageError, explain, visible
 from vaflow.settings import parse_pairs
 from vaflow.train import config as configs
 from vaflow.train.config import TrainConfig
@@ -176,10 +176,12 @@ def _train_repeats(
             on_choice=lambda text: None if output.quiet else bar.write(text, file=sys.stderr),
         )
     errors = list(repeats.failures.values())
-    if not repeats.scores and isinstance(errors[0], UsageError) and len(set(map(str, errors))) == 1:
+    if repeats.rejected and len(set(map(str, errors))) == 1:
         raise errors[0]  # of the command, not of a run
     for name, error in repeats.failures.items():
         echo(visible(f"failed: {name}: {error}"), err=True)
+    if repeats.rejected:
+        return BAD_USAGE
     output.result(repeats.document, lambda: repeats_summary(repeats))
     return 0 if not repeats.failures else SOME_FAILED if repeats.scores else FAILED
 
