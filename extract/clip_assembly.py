@@ -158,6 +158,9 @@ class ClipAssembly:
 
     def items(self) -> Iterator[tuple[str, dict[str, tuple[Arrays, dict[str, Any]]]]]:
         """Each item with the arrays and facts of its streams, the first person last. Call once, when complete."""
+        if unused := [number for number in sorted(self._labels) if number > self.people]:
+            tables = ", ".join(f"{person_item(self.task.clip.id, number)}.csv" for number in unused)
+            logger.warning("%s: %d people found; labels not used: %s", self.task.clip.id, self.people, tables)
         for number in range(self.people, 0, -1) if self.task.everyone else (0,):
             arrays = self.arrays | self._visual_arrays.get(number, {})
             facts = {name: self.facts[FACTS_OF[self._infos[name].kind]] for name in arrays}

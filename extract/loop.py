@@ -240,9 +240,9 @@ class Extraction:
                     source = source_of(info.kind, clip.sources)
                     with self._profile.measure(COMMITTING):
                         self._cache.write(name, item, arrays, source=source, meta=meta)
-            for number in range(clip.people + 1, task.people + 1):  # of an earlier version of the source
+            for item in self._replaced(task, clip.people):
                 for name in (LABELS, *(name for name in self._infos if name != LABELS)):
-                    self._cache.drop(name, person_item(task.clip.id, number))
+                    self._cache.drop(name, item)
         except DataError as error:  # such as values that are not finite; a cache that cannot be written ends the run
             split = {"split": task.clip.split}
             self._ledger.take(Failure(task.clip.id, "commit", type(error).__name__, str(error), split))
@@ -252,6 +252,19 @@ class Extraction:
             self._ledger.take(Extracted(task.clip.id, clip.duration, people, clip.label_problem))
         finally:
             self._slots.release()
+
+    def _replaced(self, task: PendingClip, people: int) -> list[str]:
+        """Items that the cache has from an earlier version of the clip: further people, or the clip without division.
+
+        A clip is divided if it has no crops of the dataset, which may come or go between two runs.
+        """
+        clip = task.clip.id
+        first = people + 1 if task.everyone else 1
+        items = [person_item(clip, number) for number in range(first, task.people + 1)]
+        items += [clip] if task.everyone and self._cache.has(LABELS, clip) else []
+        metas = {item: self._cache.meta(item) for item in items if self._cache.has(LABELS, item)}
+        # An item whose labels are gone is the rest of a dropped one; another clip may have the name of a person.
+        return [item for item in items if item not in metas or metas[item].get("clip", item) == clip]
 
 
 class Profile:

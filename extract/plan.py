@@ -41,7 +41,8 @@ class PendingClip:
     Attributes:
         changed: the cache holds streams of an earlier version of its files.
         stored: the images are read from a cache.
-        everyone: every person of the clip becomes an item; `people`: how many the cache has.
+        everyone: every person of the clip becomes an item.
+        people: how many people of the clip are items of the cache, even where the clip has become one item.
     """
 
     clip: Clip
@@ -94,8 +95,8 @@ def make_plan(
             people[source] = max(people.get(source, 0), number)
     tasks = {}
     for clip in mine:
-        everyone = people.get(clip.id, 0) if faces.get("person") == ALL and is_divided(clip, faces["source"]) else None
-        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()), everyone)
+        everyone = faces.get("person") == ALL and is_divided(clip, faces["source"])
+        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()), everyone, people.get(clip.id, 0))
         if task.streams:
             tasks[clip.id] = task
     seconds = lengths([task.clip for task in tasks.values()])
@@ -141,14 +142,15 @@ def _task(
     clip: Clip,
     rehash: bool,
     misread: Collection[str],
-    people: int | None,
+    everyone: bool,
+    people: int,
 ) -> PendingClip:
     """Streams to make. Records are read only where the stamps of the sources differ, or for `rehash`.
 
     Args:
-        people: items of the clip that the cache has, if every person becomes one; None: the clip is one item.
+        everyone, people: as in `PendingClip`.
     """
-    items = [clip.id] if people is None else [person_item(clip.id, number + 1) for number in range(max(1, people))]
+    items = [person_item(clip.id, number + 1) for number in range(max(1, people))] if everyone else [clip.id]
     missing = {name for name in infos if any(item not in stamps[name] for item in items)}
     now = {} if rehash else _stamps_now(clip, {info.kind for name, info in infos.items() if name not in missing})
     comparison = SourceComparison(clip, rehash=rehash)
@@ -168,7 +170,7 @@ def _task(
             if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):
                 changed.add(name)
     streams = tuple(name for name in infos if name in missing | changed)
-    return PendingClip(clip, streams, bool(changed), people is not None, people or 0)
+    return PendingClip(clip, streams, bool(changed), everyone, people)
 
 
 def _misread(

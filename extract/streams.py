@@ -20,7 +20,7 @@ from vaflow.encoders.logmel import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.faces.choice import LARGEST
+from vaflow.extract.faces.choice import ALL, LARGEST
 from vaflow.extract.faces.crops import CROP_SIZE, JPEG_QUALITY, TEMPLATE, TEMPLATE_VERSION
 from vaflow.extract.faces.detection import DETECTOR, MAX_OVERLAP, MAX_SIZE, MIN_SCORE, model_digest
 from vaflow.extract.faces.identity import network_identity, resolve
@@ -344,38 +344,70 @@ class NewStreams:
             self.created = True
 
 
-def prepare(cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]) -> NewStreams:
-    """Compare the streams with those of the cache and embed the prompts; nothing is written.
+def compare(
+    cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]
+) -> dict[str, StreamInfo]:
+    """Return the streams of an extraction, compared with those of the cache; nothing is written.
 
     Raises:
-        FingerprintError: a stream in the cache was made with other settings.
+        FingerprintError: a stream in the cache was made with other settings, or of other people.
     """
     known = cache.streams()
     infos = {name: as_declared(i, known.get(name)) for name, i in stream_infos(config, visual, audio).items()}
     if FACES in known and CROPS not in known:  # of an earlier version: do not decode every clip again for its crops
         infos.pop(CROPS, None)
+    _check_person(cache, known, infos)
+    for name in infos.keys() & known.keys():
+        cache.declare(infos[name])
+    return infos
+
+
+def prepare(cache: Cache, config: ExtractConfig, visual: list[VisualEncoder], audio: list[AudioEncoder]) -> NewStreams:
+    """As `compare`, and embed the prompts; only the lost file of a stream that has items is written.
+
+    Raises:
+        FingerprintError: a stream in the cache was made with other settings, or of other people.
+    """
+    infos = compare(cache, config, visual, audio)
     for info in infos.values():
-        if CROPS in known and info.name in known:
-            _check_person(cache, known[info.name], info)
-        if info.name in known or cache.source_stamps(info.name):
+        if cache.source_stamps(info.name):
             cache.declare(info)
     return NewStreams(infos, tuple(embed_prompts(cache, load_prompts(config.prompts), visual)))
 
 
-def _check_person(cache: Cache, known: StreamInfo, info: StreamInfo) -> None:
-    """Check that a stream has the features of the same people; a cache with another choice needs no video.
+def _check_person(cache: Cache, known: Mapping[str, StreamInfo], infos: Mapping[str, StreamInfo]) -> None:
+    """Check that new streams are of the same people as the cache, whose items are clips or every person of them.
 
     Raises:
-        FingerprintError: it has those of another choice.
+        FingerprintError: they are of another choice of people, or divide clips that the cache does not divide.
     """
-    stored, now = (one.identity.get("picture", {}).get("faces", {}) for one in (known, info))
-    if "person" not in stored or "person" not in now or _choice(stored) == _choice(now):
-        return
-    again = command("cache", "people", cache.place, "OTHER.cache", "--person", now["person"])
-    problem = f"{cache.place} has the features of another choice of people"
-    remedy = f"To choose again without the videos: {again}"
-    raise FingerprintError(explain(problem, expected=_choice(stored), got=_choice(now), remedy=remedy))
+    visual_last = sorted(known.items(), key=lambda stream: stream[1].kind == "visual")
+    stored = {choice: name for name, info in visual_last if (choice := _choice(info))}  # choice -> a stream of it
+    now = next(filter(None, map(_choice, infos.values())), "")
+    others = {_choice(info) for name, info in known.items() if name in infos} - {"", now}
+    everyone = f"--person {ALL}"
+    if now and (others or (stored and now not in stored)):
+        problem = f"{cache.place} has the features of another choice of people"
+        rule = now.removeprefix("--person ")
+        again = command("cache", "people", cache.place, "OTHER.cache", "--person", rule)
+        again = f"To choose again without the videos: {again}" if CROPS in known and rule != LARGEST else ""
+        remedy = again or "Use the choice of the cache, or extract into another cache"
+        expected = ", ".join(sorted(others or stored))
+        raise FingerprintError(explain(problem, expected=expected, got=now, remedy=remedy))
+    if everyone in stored and not now:
+        problem = f"{cache.place} has an item of every person, and this extraction would add an item of every clip"
+        remedy = "Name a visual stream of the cache as well; it is not encoded again"
+        name = stored[everyone]
+        expected = f"{'--pixels' if name == PIXELS else f'--visual {name}'} {everyone}"
+        raise FingerprintError(explain(problem, expected=expected, remedy=remedy))
+    if now == everyone and not stored and cache.source_stamps(LABELS):
+        problem = f"{cache.place} has an item of every clip, and {everyone} would add an item of every person"
+        raise FingerprintError(explain(problem, remedy="Extract into another cache"))
 
 
-def _choice(faces: dict[str, Any]) -> str:
-    return f"--person {faces['person']}" + (" with --choices" if "choices" in faces else "")
+def _choice(info: StreamInfo) -> str:
+    """The people that a stream of images shows, as the option that chose them; "" if it is not of detected faces."""
+    faces = info.identity.get("picture", {}).get("faces", {}) if info.kind in ("visual", "pixels") else {}
+    if not faces or faces.get("source") == "none":
+        return ""
+    return f"--person {faces.get('person', LARGEST)}" + (" with --choices" if "choices" in faces else "")

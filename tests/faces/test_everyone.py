@@ -16,7 +16,7 @@ from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
-from vaflow.errors import UsageError
+from vaflow.errors import FingerprintError, UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract_with
 from vaflow.extract.plan import Summary, is_divided
@@ -113,6 +113,75 @@ def test_an_interrupted_clip_is_extracted_again_without_leftover_people(
     after = open_cache(tmp_path / "cache")
     assert after.items() == ["empty#1", "pair#1"]
     assert not after.has("clip-tiny", "pair#2")
+
+
+def test_a_clip_whose_crops_arrive_replaces_its_people(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
+) -> None:
+    """With crops the clip is one item. Without them, its people are items again."""
+    shutil.copytree(extracted[0], tmp_path / "cache")
+    dataset = open_dataset(data)
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops" / "00001.jpg").write_bytes(open_cache(extracted[0]).read("pixels", "pair#1").images[0])
+    cropped = [replace(clip, crops=(tmp_path / "crops",)) if clip.id == "pair" else clip for clip in dataset.clips]
+    for clips, items in ((tuple(cropped), ["empty#1", "pair"]), (dataset.clips, ["empty#1", "pair#1", "pair#2"])):
+        version = replace(dataset, clips=clips)
+        extract_with(version, tmp_path / "cache", CONFIG, [tiny_clip], [tiny_ast], torch.device("cpu"))
+        assert open_cache(tmp_path / "cache").items() == items
+        assert open_cache(tmp_path / "cache").items(stream="clip-tiny") == items
+
+
+def test_another_clip_that_is_named_like_a_person_is_kept(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path, clips: Path, tiny_clip: VisualEncoder, tiny_ast: object
+) -> None:
+    shutil.copytree(extracted[0], tmp_path / "cache")
+    shutil.copytree(data, tmp_path / "data")
+    cache = open_cache(tmp_path / "cache", writable=True)
+    meta = {key: value for key, value in cache.meta("pair#2").items() if key != "clip"}
+    cache.write("labels", "pair#2", cache.read("labels", "pair#2").arrays, meta=meta)
+    write(tmp_path / "data" / "pair.mp4", one_after_another(clips, ("wolfgang", 2)), 2)
+    run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast)  # type: ignore[arg-type]
+    assert open_cache(tmp_path / "cache").has("labels", "pair#2")
+
+
+def test_labels_of_a_person_whom_the_clip_does_not_show_are_named(
+    extracted: tuple[Path, Summary],
+    data: Path,
+    tmp_path: Path,
+    tiny_clip: VisualEncoder,
+    tiny_ast: AudioEncoder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(extracted[0], tmp_path / "cache")
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copy(data / "pair#2.csv", tmp_path / "data" / "pair#7.csv")
+    run(tmp_path / "data", tmp_path / "cache", tiny_clip, tiny_ast)
+    assert "pair: 2 people found; labels not used: pair#7.csv" in caplog.text
+
+
+@pytest.mark.parametrize("person", ["main", "left", "largest"])
+def test_new_streams_of_another_choice_are_rejected(
+    person: str, extracted: tuple[Path, Summary], data: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
+) -> None:
+    """The stream of another encoder is new, so that its own settings cannot differ."""
+    other = build_encoder("clip-tiny")
+    other.name = "clip-other"
+    config = replace(CONFIG, visual=("clip-other",), person=person, pixels=False)
+    with pytest.raises(FingerprintError, match=f"another choice of people.*--person all.*--person {person}"):
+        run(data, extracted[0], other, tiny_ast, config)  # type: ignore[arg-type]
+    assert "clip-other" not in open_cache(extracted[0]).streams()
+
+
+def test_clips_and_their_people_are_not_mixed(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
+) -> None:
+    cpu, audio_only = torch.device("cpu"), replace(CONFIG, visual=(), pixels=False, person="main")
+    with pytest.raises(FingerprintError, match=r"an item of every person.*--visual clip-tiny --person all"):
+        extract_with(open_dataset(data), extracted[0], audio_only, [], [tiny_ast], cpu)
+    extract_with(open_dataset(data), tmp_path / "cache", audio_only, [], [tiny_ast], cpu)
+    with pytest.raises(FingerprintError, match="an item of every clip"):
+        run(data, tmp_path / "cache", tiny_clip, tiny_ast)
+    assert open_cache(tmp_path / "cache").items() == ["empty", "pair"]
 
 
 def test_people_are_absent_only_if_their_clip_is_absent(cache: Cache) -> None:
