@@ -6,18 +6,20 @@ have, one clip is read, and every encoder runs on a few batches.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vaflow.cache import Cache, is_cache, open_cache
+from vaflow.cache import is_cache, open_cache
+from vaflow.cache.schema import CROPS, LABELS, LOGMEL, PIXELS
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
 from vaflow.device import choose_device
+from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import VaflowError
 from vaflow.extract.config import MAX_SECONDS, ExtractConfig, Shard, default_workers
@@ -27,11 +29,14 @@ from vaflow.extract.durations import header_seconds, side_by_side
 from vaflow.extract.faces.choice import ALL
 from vaflow.extract.image_folders import open_stills
 from vaflow.extract.plan import shard_clips
-from vaflow.extract.streams import stores_everyone
+from vaflow.extract.streams import compare, stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
 from vaflow.item_names import clip_and_person
 from vaflow.process import beat
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 OPENED = 32  # clips opened to detect audio streams
@@ -40,6 +45,7 @@ READ_SECONDS = 15.0  # limit for reading one clip
 BATCHES = 2  # per encoder
 DIMS = {"visual": 512, "audio": 768}  # of the default encoders, where none could be built
 JPEG_BYTES = 12_000
+Built = tuple["torch.device", list[VisualEncoder], list[AudioEncoder]]
 
 
 def estimate(
@@ -47,13 +53,20 @@ def estimate(
 ) -> dict[str, Any]:
     """Return items, hours, frames, windows, bytes and minutes that an extraction would add.
 
-    An item counts as extracted if the cache has its labels and every encoder named; changed source files are noticed
-    by the extraction itself. "minutes" is None if it cannot be measured, and "time_not_measured" says why.
+    An item counts as extracted if the cache has it in every stream; changed source files are noticed by the extraction
+    itself. "minutes" is None if it cannot be measured, and "time_not_measured" says why.
+
+    Raises:
+        FingerprintError: a stream in the cache was made with other settings.
     """
     mine = shard_clips(dataset.clips, shard)
-    cache = open_cache(out) if is_cache(out) else None
-    extracted = _extracted(cache, config) if cache is not None else set()
+    log.info("Measuring the speed of %s", ", ".join(config.encoders) or "reading")
+    built = _built(config)
+    held = _held(out, config, built)
+    extracted = set.intersection(*held.values())
     clips = [clip for clip in mine if clip.id not in extracted]
+    done = {name for name, items in held.items() if all(clip.id in items for clip in clips)}  # nothing to add to these
+    visual, audio = ([name for name in names if name not in done] for names in (config.visual, config.audio))
     grid = config.grid
     seconds, frames, windows, unreadable = 0.0, 0, 0, 0
     for duration in tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress):
@@ -68,31 +81,48 @@ def estimate(
         "items_already_there": len(mine) - len(clips),
         "items_unreadable": unreadable,
         "hours": round(seconds / 3600, 3),
-        "frames_to_encode": frames * len(config.visual),
-        "windows_to_encode": windows * len(config.audio),
+        "frames_to_encode": frames * len(visual),
+        "windows_to_encode": windows * len(audio),
     }
     some = clips[:: max(1, len(clips) // OPENED)]
     have_audio = [has_stream for _, has_stream in each(has_audio, some) if isinstance(has_stream, bool)]
     with_audio = sum(have_audio) / len(have_audio) if have_audio else 1.0
-    dims, minutes, problem = _measured(config, some, seconds, frames, windows * with_audio)
+    dims, minutes, problem = _measured(config, built, done, some, seconds, frames, windows * with_audio)
     size = 2 if config.dtype == "float16" else 4
-    visual = sum(dims[name] for name in config.visual) * size * frames
-    audio = sum(dims[name] for name in config.audio) * size * config.audio_steps * windows
-    logmel = with_audio * seconds * 100 * (128 * size + 9)
-    labels = seconds * 30 * 18
-    pixels = JPEG_BYTES * frames if config.pixels else 0
-    crops = JPEG_BYTES * frames * _faces_of_everyone(some[:LOOKED]) if stores_everyone(config) else 0
-    result["megabytes"] = round((visual + audio + logmel + labels + pixels + crops) / 1e6, 1)
+    sizes: dict[str, float] = {name: dims[name] * size * frames for name in config.visual}
+    sizes |= {name: dims[name] * size * config.audio_steps * windows for name in config.audio}
+    sizes |= {LOGMEL: with_audio * seconds * 100 * (128 * size + 9), LABELS: seconds * 30 * 18}
+    sizes[PIXELS] = JPEG_BYTES * frames if config.pixels else 0
+    if stores_everyone(config) and CROPS not in done:
+        sizes[CROPS] = JPEG_BYTES * frames * _faces_of_everyone(some[:LOOKED])
+    result["megabytes"] = round(sum(amount for name, amount in sizes.items() if name not in done) / 1e6, 1)
     return result | {"minutes": minutes} | ({"time_not_measured": problem} if problem else {})
 
 
-def _extracted(cache: Cache, config: ExtractConfig) -> set[str]:
-    known = cache.streams()
-    stream_names = ("labels", *config.encoders)
-    if not all(name in known for name in stream_names):
-        return set()
-    items = set.intersection(*(set(cache.source_stamps(name)) for name in stream_names))
-    return items | ({clip_and_person(item)[0] for item in items} if config.person == ALL else set())
+def _built(config: ExtractConfig) -> Built | str:
+    """Device, visual and audio encoders; or the reason why they cannot be built."""
+    from vaflow.extract.encoding import build_encoders
+
+    try:
+        device = choose_device(config.device)
+        return device, *build_encoders(config, device)
+    except VaflowError as error:
+        return str(error)
+
+
+def _held(out: Path, config: ExtractConfig, built: Built | str) -> dict[str, set[str]]:
+    """Stream -> clips that the cache has in it; raises FingerprintError if it was made with other settings."""
+    if not is_cache(out):
+        return {LABELS: set()}
+    cache = open_cache(out, writable=True)  # to compare its streams; nothing is written
+    if isinstance(built, str):
+        names = [LABELS, *config.encoders, *([PIXELS] if config.pixels else [])]
+    else:
+        names = list(compare(cache, config, *built[1:]))
+    held = {name: set(cache.source_stamps(name)) if name in cache.streams() else set() for name in names}
+    if config.person == ALL:
+        held = {name: items | {clip_and_person(item)[0] for item in items} for name, items in held.items()}
+    return held
 
 
 def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
@@ -134,20 +164,28 @@ def has_audio(clip: Clip) -> bool:
 
 
 def _measured(
-    config: ExtractConfig, clips: Sequence[Clip], seconds: float, frames: int, windows: float
+    config: ExtractConfig,
+    built: Built | str,
+    done: Collection[str],
+    clips: Sequence[Clip],
+    seconds: float,
+    frames: int,
+    windows: float,
 ) -> tuple[dict[str, int], float | None, str]:
-    """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured."""
-    from vaflow.extract.encoding import BATCH_SIZES, build_encoders, make_encoders
+    """Dimension of each encoder, minutes of the extraction or None, and the reason if they were not measured.
+
+    Args:
+        built: the encoders, or why they cannot be built; done: names of those that have nothing to encode.
+        seconds, frames, windows: to read and to encode.
+    """
+    from vaflow.extract.encoding import BATCH_SIZES, make_encoders
 
     dims = dict.fromkeys(config.visual, DIMS["visual"]) | dict.fromkeys(config.audio, DIMS["audio"])
     if not clips:
         return dims, 0.0, ""
-    log.info("Measuring the speed of %s", ", ".join(config.encoders) or "reading")
-    try:
-        device = choose_device(config.device)
-        visual, audio = build_encoders(config, device)
-    except VaflowError as error:
-        return dims, None, str(error)
+    if isinstance(built, str):
+        return dims, None, built
+    device, visual, audio = built
     preparations = tuple(dict.fromkeys(encoder.preparation for encoder in visual))
     read = partial(read_some, config, preparations)
     readings = [result for _, result in each(read, clips[:3]) if isinstance(result, tuple)]
@@ -158,10 +196,14 @@ def _measured(
     encoders = make_encoders(config, device, visual, audio)
     for name, (encoder, batcher) in encoders.visual.items():
         dims[name], prepared = encoder.dim, encoder.preparation
+        if name in done:
+            continue
         image = np.zeros((prepared.size, prepared.size, 3), prepared.dtype)
         encoding += frames * faces * _seconds_per_row(batcher, image, config.image_batch or sizes["visual"])
     for name, (listener, batcher) in encoders.audio.items():
         dims[name], segments = listener.dim, listener.segments(config.window, config.audio_steps)
+        if name in done:
+            continue
         row = np.zeros((segments.frames, listener.front_end.bins), np.float32)
         seconds_per_row = _seconds_per_row(batcher, row, config.window_batch or sizes["audio"])
         encoding += windows * len(segments.first) * seconds_per_row

@@ -1,12 +1,15 @@
 """`--dry-run`: size and time are measured on the streams that exist."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_extraction import WHOLE
 
-from vaflow.cache import open_cache
-from vaflow.datasets import open_dataset
+from vaflow.cache import Cache, open_cache
+from vaflow.datasets import Dataset, open_dataset
+from vaflow.errors import FingerprintError
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.pipeline import extract
@@ -44,3 +47,18 @@ def test_missing_weights_explain_a_missing_time_estimate(
     result = estimate(open_dataset(two_clips, "videos"), tmp_path / "cache", config, Shard())
     assert result["minutes"] is None
     assert "clip-vit-b16" in result["time_not_measured"]
+
+
+def test_items_that_lack_a_stream_are_counted(seven_clips: Dataset, seven_clips_cache: Cache, tmp_path: Path) -> None:
+    cache = open_cache(shutil.copytree(seven_clips_cache.path, tmp_path / "cache"), writable=True)
+    cache.drop("clip-tiny", seven_clips.clips[0].id)
+    whole = estimate(seven_clips, cache.path, WHOLE, Shard())
+    assert (whole["items"], whole["items_already_there"]) == (1, 6)
+    assert whole["frames_to_encode"] > whole["windows_to_encode"] == 0, "the audio stream has all clips"
+    pixels = estimate(seven_clips, cache.path, replace(WHOLE, pixels=True), Shard())
+    assert (pixels["items"], pixels["items_already_there"]) == (7, 0)
+
+
+def test_settings_that_do_not_fit_the_cache_are_rejected(seven_clips: Dataset, seven_clips_cache: Cache) -> None:
+    with pytest.raises(FingerprintError, match=r"sampling\.window: cache has 10\.0, now 5\.0"):
+        estimate(seven_clips, seven_clips_cache.path, replace(WHOLE, window=5.0), Shard())

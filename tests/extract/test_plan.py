@@ -155,9 +155,3 @@ def test_the_estimate_uses_ffmpeg_only_without_header_duration(dataset: Dataset,
     assert (guess["items"], guess["items_unreadable"]) == (5, 4)
     assert guess["hours"] == round(40 / 3600, 3)
     assert guess["frames_to_encode"] == len(CONFIG.grid.sample_ticks(40.0))
-
-
-def test_the_estimate_counts_extracted_items(cache: Cache, dataset: Dataset) -> None:
-    cache.drop("clip-tiny", "clip1")
-    guess = estimate(dataset, cache.path, CONFIG, Shard())
-    assert (guess["items"], guess["items_already_there"]) == (1, 4)
