@@ -325,14 +325,15 @@ def _survey(
     groups = item_groups(items, assigned, config.normalize_by) if config.normalize_by else {}
     if not groups and config.dtype == "float32":
         return {}
-    unchanged: set[str] = set()
-    if not groups and (out / _MANIFEST).exists() and config.stream in open_cache(out).streams():
-        unchanged = set(open_cache(out).items(stream=config.stream))  # stored before, so within the range
+    cache = open_cache(out) if not groups and (out / _MANIFEST).exists() else None
+    stored = cache if cache is not None and config.stream in cache.streams() else None
     moments = {}
     for file in files:
-        if file.item in unchanged:
-            continue
         try:
+            if stored is not None and stored.has(config.stream, file.item):
+                source = stored.record(config.stream, file.item).source
+                if file.has_identity({name: part for name, part in source.items() if name != "normalization"}):
+                    continue  # stored before, so within the range
             moments[file.item] = Moments.of(read_features(file, config.rate or 1.0, config.columns))
         except (DataError, OSError, MemoryError):  # reported when the item is imported
             continue

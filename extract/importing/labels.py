@@ -303,13 +303,14 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
     cache.declare(StreamInfo(stream, "targets", 0, "float32", {"task": task, "names": list(first.names)}))
     written = 0
     for item, table in tables.items():
-        if cache.has(stream, item) and same_file(files[item], cache.record(stream, item).source["targets"]):
-            continue
         time = table.at
         if table.clock != "time":  # rows beyond the clip's frames continue at their median interval
             number = time.astype(np.int64)
             time = extend(cache.read(LABELS, item, ["time"]).time, int(number.max()) + 1)[number]
         order = np.argsort(time, kind="stable")
+        same = cache.has(stream, item) and same_file(files[item], cache.record(stream, item).source["targets"])
+        if same and np.array_equal(cache.read(stream, item, ["time"]).time, time[order]):  # the clip's frames as well
+            continue
         value, valid = table.value[order].astype(np.float32), table.valid[order]
         arrays: dict[str, Array] = {"time": time[order], "value": value, "valid": valid}
         cache.write(stream, item, arrays, source={"targets": file_identity(files[item])})

@@ -171,6 +171,15 @@ def test_out_of_range_numbers_are_rejected_before_writing(tmp_path: Path) -> Non
     assert bring(tmp_path, labels=False, dtype="float32").imported == 3
 
 
+def test_out_of_range_numbers_of_a_changed_file_are_rejected_before_writing(tmp_path: Path) -> None:
+    save(tmp_path, "a", "b")
+    bring(tmp_path, labels=False)
+    save(tmp_path, "b", scale=1e6, rows=7)
+    with pytest.raises(UsageError, match=r"float16 cannot hold the features of b"):
+        bring(tmp_path, labels=False)
+    assert len(cached(tmp_path).read("mine", "b").time) == 6
+
+
 def test_features_become_z_scores_within_each_speaker(tmp_path: Path) -> None:
     save(tmp_path, "a1", "a2", scale=100.0)
     save(tmp_path, "b1", scale=1e7)

@@ -48,6 +48,17 @@ def test_abaw_expressions_are_one_class_per_frame(cache: Cache, tmp_path: Path) 
     assert cache.streams()["expr"].identity == {"task": "classes", "names": list(ABAW)}
 
 
+def test_targets_follow_frames_that_have_changed(cache: Cache, tmp_path: Path) -> None:
+    """The clip is extracted again from another file; the table is the same."""
+    write(tmp_path / "au", "a", "AU1,AU2\n0,1\n1,-1\n")
+    assert import_targets(cache, "au", "binary", tmp_path / "au").written == 1
+    labels = cache.read(LABELS, "a").arrays
+    cache.write(LABELS, "a", {**labels, "time": FRAMES / 2})
+    assert import_targets(cache, "au", "binary", tmp_path / "au").written == 1
+    np.testing.assert_array_equal(cache.read("au", "a").time, FRAMES[:2] / 2)
+    assert import_targets(cache, "au", "binary", tmp_path / "au").done == 1
+
+
 def test_abaw_action_units_are_one_column_each(cache: Cache, tmp_path: Path) -> None:
     write(tmp_path / "au", "a", "AU1,AU2\n0,1\n1,-1\n-1,-1\n", ".txt")
     import_targets(cache, "au", "binary", tmp_path / "au")
