@@ -272,7 +272,7 @@ def check_dataset(
     if people:
         with_video = [(c.clip, c.media.duration) for c in checked if c.media and c.clip.video and not c.clip.crops]
         facts = look_at_people(with_video, cache)
-        findings += people_findings(facts, len(with_video), dataset.root)
+        findings += people_findings(facts, [clip for clip, _ in with_video], dataset.root)
         checked = [replace(c, people=facts.get(c.clip.id)) for c in checked]
     if cache is not None:
         findings += absent_findings(dataset, cache)

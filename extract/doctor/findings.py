@@ -419,14 +419,17 @@ def _twins(files: Mapping[Clip, Path | None], same: Same) -> list[tuple[Clip, li
     ]
 
 
-def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> list[Note]:
-    """Notes on clips with several people and with cuts; `clips`: how many could have been looked at."""
+def people_findings(facts: dict[str, PeopleFacts], clips: Sequence[Clip], root: Path) -> list[Note]:
+    """Notes on clips with several people and with cuts; `clips`: those that could have been looked at."""
+    sides = {clip.id: clip.side for clip in clips if clip.side and not clip.crops}
     notes = []
     for item, one in sorted(facts.items()):
         where = f" in {one.frames} frames that were compared" if one.frames else ""
         if one.people > 1:
-            message = f"{one.people} people{' in one frame' if one.frames else ''}; the main one is estimated"
-            remedy = f"See them with `{command('faces', root)}`; --person chooses another one, or all"
+            chosen = f"the one on the {sides[item]}" if item in sides else "the main one"
+            message = f"{one.people} people{' in one frame' if one.frames else ''}; {chosen} is estimated"
+            choice = "" if item in sides else "; --person chooses another one, or all"
+            remedy = f"See them with `{command('faces', root)}`{choice}"
             notes.append(Note("note", "several-people", item, message, remedy))
         if one.turned:
             message = f"Most faces are turned by {one.turned} degrees: their crops are not aligned"
@@ -435,7 +438,7 @@ def people_findings(facts: dict[str, PeopleFacts], clips: int, root: Path) -> li
             joined = resolve(AUTO) != NONE
             message = f"{count(one.cuts, 'cut')}{where}; people are {'joined' if joined else 'not joined'} across them"
             notes.append(Note("note", "cuts", item, message, "" if joined else f"{REMEDY}, or --identity onnx:FILE"))
-    if len(facts) < clips:
-        message = f"People and cuts were looked for in {len(facts)} of {clips} clips"
+    if len(facts) < len(clips):
+        message = f"People and cuts were looked for in {len(facts)} of {len(clips)} clips"
         notes.append(Note("note", "people-sampled", "", message, "Extraction counts them in every clip"))
     return notes

@@ -54,10 +54,17 @@ def test_check_reads_the_number_of_people_from_a_cache(tmp_path: Path) -> None:
 
 
 def test_check_reports_the_number_of_examined_clips(tmp_path: Path) -> None:
-    notes = people_findings({"a": PeopleFacts(1, 0, 20)}, 4, tmp_path)
+    notes = people_findings({"a": PeopleFacts(1, 0, 20)}, [Clip(name, None, name, None) for name in "abcd"], tmp_path)
     assert [(note.code, note.message) for note in notes] == [
         ("people-sampled", "People and cuts were looked for in 1 of 4 clips")
     ]
+
+
+def test_the_person_of_a_trial_is_the_one_on_its_side(tmp_path: Path) -> None:
+    clips = [Clip("a_left", None, "a", None, side="left"), Clip("b", None, "b", None)]
+    one, other = people_findings({clip.id: PeopleFacts(2, 0, 20) for clip in clips}, clips, tmp_path)
+    assert one.message == "2 people in one frame; the one on the left is estimated" and "--person" not in one.remedy
+    assert other.message == "2 people in one frame; the main one is estimated" and "--person" in other.remedy
 
 
 def test_faces_upside_down_are_reported(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
