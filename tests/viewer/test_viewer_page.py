@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +109,54 @@ def test_a_dragged_span_loops(open_page: OpenPage, page_file: Path) -> None:
         rows.append(row(page))
     assert all(145 <= r <= 185 for r in rows)  # 6 s to 7 s, plus the frames before the jump back
     assert page.evaluate("document.getElementById('media').playbackRate") == 2
+
+
+def test_a_loop_to_the_end_of_the_clip_repeats(open_page: OpenPage, page_file: Path) -> None:
+    page = open_page(page_file, "#clip=constant")
+    ready(page, "constant")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    settle(page)
+    first = row(page)
+    page.keyboard.press("[")
+    page.evaluate(
+        "document.getElementById('media').addEventListener('ended', () => (window.ends = (window.ends || 0) + 1))"
+    )
+    page.keyboard.press("Space")
+    until(page, "window.ends >= 2")
+    assert page.inner_text("#play") == "Pause"
+    assert row(page) >= first - 1
+
+
+def test_a_clip_whose_data_is_missing_does_not_show_the_clip_before(
+    chromium: Any, page_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(page_file.parent, tmp_path / "view")
+    max((tmp_path / "view/clips").glob("*.js")).unlink()
+    page = chromium.new_page()
+    page.goto((tmp_path / "view" / page_file.name).as_uri())
+    until(page, "document.documentElement.dataset.ready === 'constant'")
+    page.click("#clips tbody tr:nth-child(2) button")
+    until(page, "document.getElementById('readout').textContent.includes('cannot be loaded')")
+    assert page.inner_text("#title") == "variable"
+    assert not page.is_visible("#lanes") and not page.is_visible("#media") and not page.is_visible("#rating")
+    page.keyboard.press("p")
+    until(page, "document.getElementById('title').textContent === 'constant'")
+    until(page, "document.getElementById('lanes').clientWidth > 0")
+    page.close()
+
+
+def test_a_malformed_address_opens_the_first_clip(open_page: OpenPage, page_file: Path) -> None:
+    ready(open_page(page_file, "#clip=%E0%A4%A"), "constant")
+
+
+def test_the_next_clip_of_an_empty_list_is_no_error(open_page: OpenPage, page_file: Path) -> None:
+    page = open_page(page_file)
+    ready(page, "constant")
+    page.fill("#clips input", "no clip has this name")
+    page.click("#title")
+    page.keyboard.press("n")
+    assert page.inner_text("#title") == "constant"
 
 
 def test_the_list_filters_and_sorts(open_page: OpenPage, page_file: Path) -> None:

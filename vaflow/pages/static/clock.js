@@ -41,6 +41,10 @@ vaflow.Clock = class {
   changed(name) {
     if (this.silent) return;
     if (name === "error") this.onState("This browser cannot play the media file.");
+    if (name === "ended" && this.span) { // the media ends before the clip, whose last frame lasts an interval
+      this.seek(this.span[0]);
+      this.play();
+    }
     this.playing = !this.media.paused && !this.media.ended;
     this.onState();
     if (name === "seeked" && !(this.byFrame && this.video)) this.onTime(this.media.currentTime, false);

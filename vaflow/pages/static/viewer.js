@@ -33,12 +33,24 @@
       script.remove();
       if (facts === chosen) start(vaflow.decode(document));
     });
-    script.addEventListener("error", () => (readout.textContent = "The data of this clip cannot be loaded: the clips directory must lie beside this page."));
+    script.addEventListener("error", () => {
+      if (facts !== chosen) return;
+      clip = null; // the player and the traces are of the clip before
+      clock.load(null, false, 0);
+      showParts(false);
+      readout.textContent = "The data of this clip cannot be loaded: the clips directory must lie beside this page.";
+    });
     document.body.append(script);
+  }
+
+  function showParts(visible) {
+    const parts = document.querySelectorAll(".stage, .controls, #rating, #lanes");
+    parts.forEach((part) => part.classList.toggle("hidden", !visible));
   }
 
   function start(decoded) {
     clip = decoded;
+    showParts(true);
     plane.clip = clip;
     media.hidden = !facts.media;
     get("no-media").hidden = Boolean(facts.media);
@@ -131,6 +143,11 @@
     lanes.zoom([t - (t - a) * factor, t + (b - t) * factor]);
   }
 
+  function showNext(step) {
+    const next = list.next(step); // none if the filter leaves no clip
+    if (next) show(next);
+  }
+
   const keys = {
     " ": () => clock.toggle(),
     ArrowLeft: (event) => seek(clock.time - (event.shiftKey ? 5 : 1)),
@@ -148,15 +165,16 @@
     "=": () => zoom(0.5),
     "-": () => zoom(2),
     0: () => lanes.zoom([0, clip.end]),
-    n: () => show(list.next(1)),
-    p: () => show(list.next(-1)),
+    n: () => showNext(1),
+    p: () => showNext(-1),
   };
 
   document.addEventListener("keydown", (event) => {
     const target = event.target, typing = target.matches("input:not([type=range]), textarea, select");
     const slider = target.matches("#rating input[type=range]") && event.key.startsWith("Arrow");
     const pressing = target.matches("button, summary, a") && (event.key === " " || event.key === "Enter");
-    if (!clip || typing || slider || pressing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+    const moving = event.key === "n" || event.key === "p"; // also if the data of this clip cannot be loaded
+    if (!(clip || moving) || typing || slider || pressing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
     event.preventDefault();
     keys[event.key](event);
   });
@@ -172,7 +190,13 @@
   get("zoom-out").addEventListener("click", () => zoom(2));
 
   function fromAddress() {
-    const id = decodeURIComponent((location.hash.match(/^#clip=(.*)$/) || ["", ""])[1]);
+    const [, text] = location.hash.match(/^#clip=(.*)$/) || ["", ""];
+    let id = text;
+    try {
+      id = decodeURIComponent(text);
+    } catch (error) {
+      if (!(error instanceof URIError)) throw error;
+    }
     return vaflow.data.clips.find((c) => c.id === id);
   }
   addEventListener("hashchange", () => fromAddress() && fromAddress() !== facts && show(fromAddress()));
