@@ -250,7 +250,8 @@ def choose_people(
     tasks = [task for task in missing if task.streams]
     with target.indexed():
         if tasks:
-            seconds = {task.clip.id: float(source.meta(task.stored.item)["duration"]) for task in tasks if task.stored}
+            stored = {task.clip.id: task.stored.item for task in tasks if task.stored}
+            seconds = {clip: float(source.meta(item).get("duration", 0.0)) for clip, item in stored.items()}
             with OutcomeRecorder(summary, failure_log, seconds, show_progress=show_progress) as recorder:
                 _encode(target, {name: infos[name] for name in choice.images}, tasks, options, recorder)
     failures = list(failure_log.failures)

@@ -191,7 +191,7 @@ def list_prompts(cache: Cache) -> list[ListedSet]:
     for stream, info in cache.streams().items():
         for name in cache.items(stream=stream) if info.kind == "text" else []:
             record = cache.record(stream, name)
-            words = record.source.get("prompts", {})
+            words = record.source.get("prompts") or {}
             templates, descriptions = (tuple(words.get(key, ())) for key in ("templates", "descriptions"))
             sets.append(ListedSet(stream, name, templates, descriptions, record.created))
     return sets

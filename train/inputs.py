@@ -122,9 +122,8 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
         problem = f"Stream {text!r} of {cache.place} has no prompt set {config.prompts!r}"
         raise UsageError(explain(problem, got=config.prompts, choices=sets))
     prototypes = torch.from_numpy(cache.read(text, config.prompts, ["embedding"]).embedding.copy()).float()
-    prompts = cache.record(text, config.prompts).source.get("prompts")
-    found = prompts.get("descriptions") if isinstance(prompts, dict) else None
-    descriptions = tuple(map(str, found)) if isinstance(found, list) else ()
+    prompts = cache.record(text, config.prompts).source.get("prompts") or {}
+    descriptions = tuple(prompts.get("descriptions", ()))
     return config, Inputs(streams, text, prototypes, descriptions, known[text].identity, targets)
 
 

@@ -103,6 +103,8 @@ def test_record_files_must_lie_below_the_attempt(path: Path, name: str) -> None:
         {"meta": {"seconds": [None]}},
         {"meta": {"seconds": 4.5}},
         {"source": None},
+        {"source": {"prompts": 5}},
+        {"source": {"prompts": {"descriptions": -1}}},
         {"schema_version": 2},
         {"arrays": {"embedding": {"shape": [-1, 6], "dtype": "float16"}}},
         {"arrays": {"embedding": {"shape": [2**62, 2**62], "dtype": "float16"}}},

@@ -150,7 +150,7 @@ def test_a_malformed_address_opens_the_first_clip(open_page: OpenPage, page_file
     ready(open_page(page_file, "#clip=%E0%A4%A"), "constant")
 
 
-def test_the_next_clip_of_an_empty_list_is_no_error(open_page: OpenPage, page_file: Path) -> None:
+def test_the_key_for_the_next_clip_is_ignored_if_the_list_is_empty(open_page: OpenPage, page_file: Path) -> None:
     page = open_page(page_file)
     ready(page, "constant")
     page.fill("#clips input", "no clip has this name")

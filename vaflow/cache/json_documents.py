@@ -183,6 +183,7 @@ def record_from(document: Json) -> Record:
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration < MAX_DURATION:
         raise ValueError(f"its duration is {duration!r}, not seconds")
     _check_people(record.meta)
+    _check_prompts(record.source.get("prompts"))
     return record
 
 
@@ -196,6 +197,15 @@ def _check_people(meta: Json) -> None:
     seconds = meta.get("seconds", [])
     if not isinstance(seconds, list) or not all(type(x) in (int, float) and 0 <= x < MAX_DURATION for x in seconds):
         raise ValueError("its seconds are not a list of durations")
+
+
+def _check_prompts(prompts: Any) -> None:
+    """Check the texts of a prompt set, which commands print and encode; None for other records."""
+    if prompts is None:
+        return
+    texts = [prompts.get(key, []) for key in ("templates", "descriptions")] if isinstance(prompts, dict) else [None]
+    if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts):
+        raise ValueError("its prompts are not lists of texts")
 
 
 def _is_count(value: Any) -> bool:
