@@ -28,7 +28,7 @@ from vaflow.errors import CorruptError, DataError, UsageError, command, explain
 from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
-from vaflow.train.evaluate import read_for
+from vaflow.train.evaluate import data_warnings, read_for
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_files import Maker, read_sources, write_evaluation
 from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
@@ -136,6 +136,9 @@ def ensemble_runs(
         traces = list(calibrated(traces, calibration))
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, calibration.split)
+    items = [trace.clip.item for trace in traces]
+    pairs = zip(runs, records, strict=True)
+    report["warnings"] += dict.fromkeys(w for one in pairs for w in data_warnings(*one, cache, split, items))
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": chosen_on}
     if chosen_on == split and how == "search":
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")

@@ -93,8 +93,7 @@ def evaluate_run(
     items = [trace.clip.item for trace in traces]
     untrained = [name for name in trained.record.untrained if report["ccc"][name] is not None]
     report["warnings"] += [f"{config.train_split}: {name} is not labelled in this split" for name in untrained]
-    report["warnings"] += outdated_clips(cache, split, items)
-    report["warnings"] += _shared_recordings(run, trained.record, cache, split, items)
+    report["warnings"] += data_warnings(run, trained.record, cache, split, items)
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
@@ -107,6 +106,15 @@ def evaluate_run(
         if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
             folder.update_metrics(report)
     return report
+
+
+def data_warnings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
+    """Warnings about the clips that a run is scored on: earlier data, recordings that count twice or were trained on.
+
+    Args:
+        cache: holds the clips `items` of `split`; it need not be the one that the run was trained on.
+    """
+    return outdated_clips(cache, split, items) + _shared_recordings(run, record, cache, split, items)
 
 
 def outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:

@@ -230,6 +230,21 @@ def test_runs_that_divide_a_split_differently_are_rejected(cache: Cache, tmp_pat
             ensemble_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "e", how, device="cpu")
 
 
+def test_an_ensemble_warns_of_clips_that_its_runs_were_trained_on(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}, seconds=(6, 8)))
+    for item in cache.items():
+        labels = cache.read("labels", item)
+        cache.drop("labels", item)
+        cache.write("labels", item, labels.arrays, meta=labels.meta, source={"video": {"blake2b": item * 8}})
+    for fold in (1, 2):
+        config = replace(CONFIG, epochs=1, folds=2, fold=fold)
+        train_run(cache, config, tmp_path / str(fold), tensorboard=False, figures=False)
+    _, report = ensemble_runs([tmp_path / "1", tmp_path / "2"], tmp_path / "e", split="val", device="cpu")
+    assert sum("val shares recordings with the training split" in text for text in report["warnings"]) == 2
+    _, report = ensemble_runs([tmp_path / "1"], tmp_path / "e", device="cpu")
+    assert not any("recordings" in text for text in report["warnings"])
+
+
 def test_predictions_of_an_ensemble_do_not_leave_its_directory(runs: list[Path], tmp_path: Path) -> None:
     ensemble_runs(runs, tmp_path / "e", device="cpu")
     shutil.rmtree(tmp_path / "e" / "predictions")

@@ -100,6 +100,18 @@ def test_runs_on_other_videos_are_not_compared(tmp_path: Path) -> None:
     assert "not scored on the same" in difference["problem"]
 
 
+def test_runs_on_other_labels_are_not_compared(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    for file in (tmp_path / "two" / "predictions" / "val").glob("*.csv"):
+        header, *rows = file.read_text().splitlines()
+        table = [row.split(",") for row in rows]
+        turned = [",".join([*row[:2], *(f"{-float(x):.6f}" for x in row[2:])]) for row in table]
+        file.write_text("\n".join([header, *turned]) + "\n")
+    [difference] = paired_differences(read_runs([tmp_path / "one", tmp_path / "two"]))
+    assert "not scored on the same labels" in difference["problem"]
+
+
 def test_runs_with_equal_names_are_distinguished(tmp_path: Path) -> None:
     for name in ("a/run", "b/run"):
         write_run(tmp_path / name)

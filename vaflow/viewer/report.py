@@ -39,6 +39,7 @@ CURVES = {
     "val_ccc_mean": "Mean validation CCC",
 }
 SHOWN = 3  # best and worst clips
+LABEL_MOMENTS = [0, 2, 4]  # of `video_moments`: count, sum y, sum yy
 
 
 def learning_curves(run: RunResults) -> list[dict[str, Any]]:
@@ -222,9 +223,9 @@ def paired_differences(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
     for run in runs[1:]:
         first = runs[0]
         videos = sorted(set(first.moments) & set(run.moments))
-        same = all(np.array_equal(first.moments[v][0], run.moments[v][0]) for v in videos)  # labelled frames
+        same = all(np.array_equal(first.moments[v][LABEL_MOMENTS], run.moments[v][LABEL_MOMENTS]) for v in videos)
         if len(videos) < 2 or set(first.moments) != set(run.moments) or not same:
-            rows.append({"name": run.name, "problem": "the runs are not scored on the same labelled frames"})
+            rows.append({"name": run.name, "problem": "the runs are not scored on the same labels"})
             continue
         one, other = (np.stack([r.moments[v] for v in videos])[None] for r in (run, first))
         draws = shared_draws(len(videos))
