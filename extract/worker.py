@@ -13,7 +13,7 @@ from vaflow.cache import open_cache
 from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import Annotation
-from vaflow.datasets.labels import clock_problem, on_clock
+from vaflow.datasets.labels import clock_problem, on_clock, require_times
 from vaflow.encoders.logmel import frame_count
 from vaflow.errors import MediaError, VaflowError, explain
 from vaflow.extract.audio import AudioSummary, Blocks, SpeechMeter, covered_frames, decode_audio, pass_on, stored_speech
@@ -140,9 +140,7 @@ class ClipReader:
             facts |= {"transfer": video.transfer} if video.transfer else {}
         times = self._times
         if video is None and annotation is not None:
-            if annotation.time is None:
-                problem = f"The labels of {clip.id!r} are numbered by frame, and the clip is audio only"
-                raise MediaError(explain(problem, expected="labels with a column of times in seconds"))
+            require_times(clip.id, annotation)
             times = times[:0]  # labels of an audio file keep their own times
         labels = on_clock(annotation, times)
         numbers = [number for number, _ in clip.person_labels if number > 1] if everyone else []

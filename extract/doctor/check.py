@@ -22,6 +22,7 @@ from vaflow.cache import Cache
 from vaflow.cache.maintenance import absent_clips
 from vaflow.datasets import read_annotation
 from vaflow.datasets.clip import SEVERITIES, SPLITS, Clip, Dataset, Note, Severity
+from vaflow.datasets.labels import require_times
 from vaflow.errors import DataError, MediaError, command
 from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.doctor.facts import (
@@ -290,6 +291,8 @@ def check_clip(clip: Clip, *, window: float = Grid.window, others_have_crops: bo
     for person in (0, *(number for number, _ in clip.person_labels)):
         try:
             if (annotation := read_annotation(clip, person)) is not None:
+                if clip.video is None and clip.frames is None and media is not None:
+                    require_times(clip.id, annotation)
                 facts = label_facts(annotation, times)
                 notes += label_findings(clip, facts, media)
                 labels = labels or facts  # of the clip itself, or else of its first person with a table

@@ -318,6 +318,15 @@ def test_audio_only_clips_are_usable_and_noted(tmp_path: Path) -> None:
     assert notes_of(report, "audio-only")["talk"].severity == "note" and report.count("error") == 0
 
 
+def test_labels_of_audio_that_count_frames_are_an_error(tmp_path: Path) -> None:
+    """Extraction fails on such a clip."""
+    write_media(tmp_path / "talk.mka", None, AudioTrack(tones(1.0, 16000), 16000))
+    (tmp_path / "talk.csv").write_text("frame,valence,arousal\n0,0.1,0.2\n")
+    report = check(tmp_path)
+    assert "numbered by frame, and the clip is audio only" in notes_of(report, "bad-labels")["talk"].message
+    assert report.total().usable == 0
+
+
 def test_unreadable_audio_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "talk.mp3").write_bytes(b"no audio")
     assert notes_of(check(tmp_path), "unreadable")["talk"].severity == "error"

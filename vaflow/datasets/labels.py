@@ -259,6 +259,17 @@ def on_clock(annotation: Annotation | None, frame_times: NDArray[np.float64]) ->
     return {"time": times, "value": value, "valid": np.isfinite(value)}
 
 
+def require_times(item: str, annotation: Annotation) -> None:
+    """Check the labels of a clip that is audio only.
+
+    Raises:
+        DataError: they are numbered by frame.
+    """
+    if annotation.time is None:
+        problem = f"The labels of {item!r} are numbered by frame, and the clip is audio only"
+        raise DataError(explain(problem, expected="labels with a column of times in seconds"))
+
+
 def clock_gap(annotation: Annotation | None, frame_times: NDArray[np.float64]) -> float:
     """Largest distance in seconds of a frame's time from the one that the file states beside its number; 0 without."""
     if annotation is None or annotation.frame is None or annotation.stated is None:
