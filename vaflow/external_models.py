@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache
+from vaflow.cache.json_documents import canonical
+from vaflow.cache.schema import StreamInfo
 from vaflow.encoders import build_encoder
-from vaflow.errors import UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, clips_of, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
@@ -61,12 +63,14 @@ def model_traces(
 
     Raises:
         UsageError: the cache has no such stream, or the stream too few columns.
+        FingerprintError: the model's files have changed since the cache was extracted.
     """
     known = cache.streams()
     if name not in known:
         remedy = f"Extract it: vaflow extract ROOT --out {cache.place} --visual {name}"
         raise UsageError(explain(f"{cache.place} has no stream of this model", got=name, choices=known, remedy=remedy))
     info = known[name]
+    check_same_model(cache, info)
     columns.check(name, info.dim)
     chosen = {"visual": (name,), "audio": ()} if info.kind == VISUAL else {"visual": (), "audio": (name,)}
     config, inputs = resolve(cache, TrainConfig(**chosen, kl_weight=0.0))  # type: ignore[arg-type]
@@ -79,6 +83,23 @@ def model_traces(
         between = between_samples(windows, clip)
         traces.append(Trace(clip, va, None, face=masks.get(VISUAL), audio=masks.get(AUDIO), interpolated=between))
     return traces, windows
+
+
+def check_same_model(cache: Cache, info: StreamInfo) -> None:
+    """Compare a stream with the files of its model, if they are here.
+
+    Raises:
+        FingerprintError: they are not those that the stream was made with.
+    """
+    if not Path(info.name.removeprefix("onnx:")).is_file():
+        return
+    present, recorded = build_encoder(info.name).identity, info.identity
+    parts = ("weights", "sidecar", "front")
+    changed = [part for part in parts if canonical(present.get(part)) != canonical(recorded.get(part))]
+    if changed:
+        problem = f"{info.name} is not the model that made its stream in {cache.place}"
+        remedy = "Extract the videos into a new cache"
+        raise FingerprintError(explain(problem, got=f"other {', '.join(changed)}", remedy=remedy))
 
 
 def _at_frames(cache: Cache, name: str, columns: Columns, clip: ClipRows) -> np.ndarray:
@@ -106,6 +127,7 @@ def evaluate_model(
 
     Raises:
         UsageError: the cache has no stream of the model, or no such split.
+        FingerprintError: the model's files have changed since the cache was extracted.
         DataError: labelled clips have no features, or nothing is labelled.
     """
     items = cache.items(split=split)
@@ -114,7 +136,8 @@ def evaluate_model(
     traces, windows = model_traces(cache, name, columns, items)
     failed = failed_items(cache, split)
     lost = check_complete(windows, failed, allow_missing)
-    return score_traces(list(smoothed(traces, smoothing)), split, lost, failed)
+    report = score_traces(list(smoothed(traces, smoothing)), split, lost, failed)
+    return report | ({"smoothing": smoothing.summary} if smoothing else {})
 
 
 def predict_model(

@@ -188,6 +188,13 @@ def test_a_pretrained_model_predicts_and_is_scored(
     assert '"n_frames"' in capsys.readouterr().out
     smoothing = ["--smooth", "mean", "--smooth-seconds", "1"]
     assert main(["evaluate", name, "--va", "8,9", "--cache", str(cache), *smoothing]) == 0
+    assert "smoothed: mean, 1 s" in capsys.readouterr().out
+    assert main(["evaluate", name, "--va", "8,9", "--cache", str(cache), "--without", "visual"]) == 2
+    sidecar = path.with_suffix(".toml")
+    sidecar.write_text(sidecar.read_text().replace("BGR", "RGB"))
+    for command in (["evaluate"], ["predict", "--out", str(tmp_path / "other")]):
+        assert main([*command, name, "--va", "8,9", "--cache", str(cache)]) == 2
+        assert "is not the model that made its stream" in capsys.readouterr().err
 
 
 def test_unreadable_baselines_are_rejected(face: tuple[Any, Path], clips: Path, tmp_path: Path, capsys: Any) -> None:

@@ -251,6 +251,8 @@ def evaluate(
     if width is not None and smooth in (None, "none"):
         raise UsageError(explain("--smooth-seconds requires --smooth mean or savgol", got=smooth_seconds))
     if str(run).startswith("onnx:"):
+        if without or groups:
+            raise UsageError(explain("--without and --groups require a run", got=run))
         metrics = _evaluate_model(str(run), cache, split or "val", va, smooth, width, allow_missing)
         print_metrics(metrics, output)
         return 0
