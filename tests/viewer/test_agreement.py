@@ -179,6 +179,17 @@ def test_pauses_of_an_annotator_stay_unlabelled(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "one.csv").read_text().splitlines()[1].startswith("0.000000,")
 
 
+def test_pauses_without_rows_stay_unlabelled(tmp_path: Path) -> None:
+    for name in ("ann", "bob"):  # as the viewer writes them: 20 rows a second, none between 1 s and 3 s
+        times = [k / 20 for k in range(81) if not 20 < k < 60]
+        rate_clip(tmp_path / name / "one.csv", *(f"{t},{t / 4},{-t / 4}" for t in times))
+    ratings, config = read_ratings(tmp_path), AgreeConfig(rate=2)
+    agreement = compare_ratings(ratings, config)
+    assert agreement.seconds == 3, "of 9 instants, 3 are within the pause"
+    labels = read_csv(fuse_ratings(ratings, agreement, config, tmp_path / "out")[0])
+    assert np.isnan(labels.value[:, 0]).tolist() == [1 < k / 2 < 3 for k in range(9)]
+
+
 def test_ratings_without_a_common_instant_are_not_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rate_clip(tmp_path / "r" / "ann" / "one.csv", "0,0,0", "1,0.1,0")
     rate_clip(tmp_path / "r" / "bob" / "one.csv", "2,0,0", "3,0.1,0")

@@ -120,8 +120,11 @@ def test_the_server_saves_ratings_as_labels(open_page: OpenPage, chromium: Any, 
     page.goto(server.address + "#clip=variable")
     until(page, "document.documentElement.dataset.ready === 'variable'")
     sent = rate(page, POINTS)
+    may_close = "window.dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    assert not page.evaluate(may_close), "the ratings are not saved yet"
     page.click("[data-rating=save]")
     until(page, "document.querySelector('[data-rating=count]').textContent.startsWith('Saved')")
+    assert page.evaluate(may_close)
     page.close()
     assert not problems
     check_trace(server.ratings / "Ada L." / "variable.csv", sent)
@@ -154,13 +157,23 @@ RATING = "time,valence,arousal,annotator\n0.1,0.5,-0.5,a\n0.2,0.6,-0.4,a\n"
     ],
 )
 def test_only_ratings_of_its_clips_are_saved(server: ViewerServer, change: dict[str, str], status: int) -> None:
-    assert post(server, {"clip": "constant", "annotator": "ann", "csv": RATING, **change}) == status
+    assert post(server, {"clip": "constant", "annotator": "ann", "csv": RATING, "page": "1", **change}) == status
     written = [path.relative_to(server.ratings).as_posix() for path in server.ratings.rglob("*.csv")]
     assert written == (["ann/constant.csv"] if status == 200 else [])
 
 
+def test_ratings_that_another_page_saved_are_kept(server: ViewerServer) -> None:
+    for page, value in (("1", 0.1), ("1", 0.2), ("2", 0.3), ("3", 0.4)):
+        csv = f"time,valence,arousal,annotator\n0.1,{value},0,ann\n"
+        assert post(server, {"clip": "constant", "annotator": "ann", "csv": csv, "page": page}) == 200
+    files = {path.name: path.read_text() for path in (server.ratings / "ann").iterdir()}
+    assert sorted(files) == ["constant.csv", "constant.csv.1", "constant.csv.2"]
+    values = [float(files[name].splitlines()[1].split(",")[1]) for name in sorted(files)]
+    assert values == [0.4, 0.2, 0.3], "a page replaces its own ratings only"
+
+
 def test_requests_from_other_origins_are_rejected(server: ViewerServer) -> None:
-    rating = {"clip": "constant", "annotator": "ann", "csv": RATING}
+    rating = {"clip": "constant", "annotator": "ann", "csv": RATING, "page": "1"}
     assert post(server, rating, **{"X-Vaflow-Token": "guess"}) == 403
     assert post(server, rating, Host="attacker.example") == 403
     assert post(server, rating, Origin="http://attacker.example") == 403

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
+from itertools import count, pairwise
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,7 @@ class ViewerServer(ThreadingHTTPServer):
             raise UsageError(explain(problem, got=error.strerror, remedy="Choose another --port")) from error
         self.viewer, self.ratings = viewer, ratings
         self.token = secrets.token_urlsafe(24)
+        self.saved_by: dict[tuple[str, str], str] = {}  # annotator and clip -> the loaded page that wrote the file
         self.page = viewer.html(serve={"token": self.token}).encode()
         self.files = {f"/clips/{n:04}.js": viewer.page.parent / f"clips/{n:04}.js" for n, _ in self._numbered()}
         self.files |= {f"/media/{n}": clip.media for n, clip in self._numbered() if clip.media is not None}
@@ -334,11 +335,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             document = json.loads(body)
-            saved = save_rating(
-                self.server.ratings,
-                {clip.item for clip in self.server.viewer.clips},
-                *(str(document[key]) for key in ("clip", "annotator", "csv")),
-            )
+            clip, annotator, text = (str(document[key]) for key in ("clip", "annotator", "csv"))
+            page = str(document.get("page", ""))
+            clips = {clip.item for clip in self.server.viewer.clips}
+            mine = self.server.saved_by.get((annotator, clip)) == page
+            saved = save_rating(self.server.ratings, clips, clip, annotator, text, replace=mine)
+            self.server.saved_by[annotator, clip] = page
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._answer(400, str(error).encode())
         except OSError as error:
@@ -402,8 +404,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
 
-def save_rating(folder: Path, clips: set[str], clip: str, annotator: str, text: str) -> Path:
+def save_rating(folder: Path, clips: set[str], clip: str, annotator: str, text: str, *, replace: bool = True) -> Path:
     """Write one annotator's label CSV of one clip, and return its path.
+
+    Args:
+        replace: the file; otherwise an earlier one is kept as `<clip>.csv.1`, `.2`, ...
 
     Raises:
         DataError: the clip is not of this viewer, the name cannot be used, or the text is not a rating.
@@ -423,5 +428,7 @@ def save_rating(folder: Path, clips: set[str], clip: str, annotator: str, text: 
         raise DataError(explain("The text is not a rating", expected=f"columns {HEADER}; times that ascend"))
     path = folder / annotator / f"{clip}.csv"
     body = "".join(f"{t:.6f},{v:.4f},{a:.4f},{annotator}\n" for t, v, a in numbers)
+    if path.exists() and not replace:
+        path.rename(next(kept for n in count(1) if not (kept := path.with_name(f"{path.name}.{n}")).exists()))
     write_file(path, f"{HEADER}\n{body}")
     return path

@@ -18,13 +18,14 @@ from vaflow.datasets.files import below
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import UsageError, count, examples, explain
 from vaflow.files import write_file
-from vaflow.timeline import Bools, Floats
+from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.metrics import region_of
 from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
 
 FUSIONS = ("mean", "ewe")
 FUSED = "fused.json"  # beside fused labels: how they were made
 log = logging.getLogger(__name__)
+PAUSE = 1.0  # seconds without a row, and three usual intervals, after which an annotator has paused
 _ROUNDS = 4  # of aligning every annotator to the mean of the others
 
 
@@ -157,7 +158,7 @@ class Rating:
 
     Attributes:
         time: [N] seconds; value: [N, 2], rated in both dimensions.
-        pauses: (start, end) seconds between two samples with unrated rows between them.
+        pauses: (start, end) seconds between two samples with unrated rows or no rows between them.
     """
 
     time: Floats
@@ -245,7 +246,8 @@ def _read(path: Path) -> Rating | None:
         raise UsageError(explain(f"{path} is not a rating", expected="columns time, valence, arousal"))
     rated = np.asarray(np.isfinite(annotation.value).all(axis=1), bool)
     rows = np.flatnonzero(rated)
-    apart = np.flatnonzero(np.diff(rows) > 1)
+    gap = max(PAUSE, 3 * median_interval(annotation.time))  # the viewer writes no rows while nobody rates
+    apart = np.flatnonzero((np.diff(rows) > 1) | (np.diff(annotation.time[rows]) > gap))
     pauses = tuple((float(annotation.time[rows[k]]), float(annotation.time[rows[k + 1]])) for k in apart)
     return Rating(annotation.time[rated], annotation.value[rated].astype(np.float64), pauses) if rated.any() else None
 

@@ -27,13 +27,15 @@
 
   vaflow.Rating = class {
     constructor(root, plane, clock) {
-      Object.assign(this, { root, plane, clock, traces: new Map(), value: [0, 0], held: false, on: false });
+      Object.assign(this, { root, plane, clock, traces: new Map(), value: [0, 0], held: false, on: false, unsaved: false });
       const part = (name) => root.querySelector(`[data-rating="${name}"]`);
       this.parts = Object.fromEntries(["on", "name", "valence", "arousal", "save", "clear", "count", "fields"].map((n) => [n, part(n)]));
       this.parts.on.addEventListener("click", () => this.toggle());
       this.parts.save.addEventListener("click", () => this.save());
       this.parts.clear.addEventListener("click", () => this.clear());
       if (vaflow.data.serve) this.parts.save.textContent = "Save ratings";
+      this.page = `${Date.now()} ${Math.random()}`; // the server keeps the ratings that another page saved
+      addEventListener("beforeunload", (event) => this.unsaved && event.preventDefault());
       vaflow.DIMENSIONS.forEach((name, k) => {
         this.parts[name].addEventListener("input", () => {
           this.value = this.value.map((old, i) => (i === k ? Number(this.parts[name].value) : old));
@@ -87,6 +89,7 @@
       if (this.clock.playing) {
         if (!this.traces.has(this.item)) this.traces.set(this.item, new Trace());
         this.traces.get(this.item).add(this.clock.time, ...this.value);
+        this.unsaved = true;
       }
       vaflow.DIMENSIONS.forEach((name, k) => (this.parts[name].value = this.value[k].toFixed(3)));
       this.plane.rating = this.value;
@@ -142,8 +145,9 @@
       const text = this.traces.get(this.item).csv(name);
       if (vaflow.data.serve) {
         const { token } = vaflow.data.serve;
-        const body = JSON.stringify({ clip: this.item, annotator: name, csv: text });
+        const body = JSON.stringify({ clip: this.item, annotator: name, csv: text, page: this.page });
         const answer = await fetch("ratings", { method: "POST", body, headers: { "Content-Type": "application/json", "X-Vaflow-Token": token } }).catch(() => null);
+        if (answer && answer.ok) this.unsaved = false;
         this.report(answer && answer.ok ? `Saved: ${await answer.text()}` : "The server did not save the ratings.");
         return;
       }
@@ -152,6 +156,7 @@
       document.body.append(link);
       link.click();
       link.remove();
+      this.unsaved = false;
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
   };
