@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vaflow.cache import is_cache
 from vaflow.device import forbid_tf32
 from vaflow.encoders.weights import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, explain
@@ -409,8 +410,11 @@ def cache_of(run: Path) -> str:
         UsageError: it is not a run, or its cache is at neither place.
     """
     candidates = cache_places(run, require_record(run))
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         if "://" in candidate or Path(candidate).is_dir():
+            for other in candidates[number + 1 :]:  # of a folder that was copied with its cache
+                if is_cache(other) and not Path(other).samefile(candidate):
+                    log.warning("%s was trained on %s, which is read; to read %s, pass --cache", run, candidate, other)
             return candidate
     remedy = "Name it with --cache CACHE"
     if not candidates:

@@ -313,6 +313,17 @@ def test_a_run_finds_its_cache_after_both_are_moved(cache: Cache, tmp_path: Path
         cache_of(tmp_path / "alone")
 
 
+def test_a_run_that_was_copied_with_its_cache_names_the_one_that_is_read(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    assert cache_of(tmp_path / "run") == str(cache.path) and not caplog.records
+    for name in ("run", "cache"):
+        shutil.copytree(tmp_path / name, tmp_path / "copy" / name)
+    assert cache_of(tmp_path / "copy" / "run") == str(cache.path)
+    assert f"{cache.path}, which is read; to read {tmp_path / 'copy' / 'cache'}, pass --cache" in caplog.text
+
+
 def test_the_run_records_its_numeric_precision(cache: Cache, tmp_path: Path) -> None:
     quiet_run(cache, replace(CONFIG, deterministic=True), tmp_path / "run")
     record = RunFolder(tmp_path / "run").record()
