@@ -52,6 +52,9 @@ def test_runs_without_a_gate_have_no_shares(cache: Cache, tmp_path: Path) -> Non
     write_report([tmp_path / "run"], tmp_path / "report.html", gates=True)
     page = (tmp_path / "report.html").read_text()
     assert "has no fusion gate" in page and "has no cross-modal attention (fusion concat)" in page
+    train_run(cache, replace(CONFIG, visual=("none",)), tmp_path / "audio", tensorboard=False, figures=False)
+    write_report([tmp_path / "audio"], tmp_path / "report.html", gates=True)
+    assert "has no fusion gate (one modality)" in (tmp_path / "report.html").read_text()
 
 
 def test_attention_sums_equal_numpy(cache: Cache, tmp_path: Path) -> None:

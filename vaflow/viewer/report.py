@@ -259,8 +259,9 @@ def differing_settings(runs: Sequence[RunResults]) -> list[tuple[str, list[str]]
 
 def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, Any]:
     """Return the data of one run for the template."""
-    metrics = run.metrics
+    metrics, train = run.metrics, run.config.get("train", {})
     fusion = _fusion(run) if gates else None
+    alone = ["none"] in [train.get(kind) for kind in ("visual", "audio")]
     ranked = sorted(run.clips, key=lambda clip: -clip.scores.ccc["mean"])
     rows = [_clip_row(clip, viewer) for clip in run.clips]
     frames, seconds = run.masked["frames"] or 0, run.masked["seconds"] or 0
@@ -287,7 +288,7 @@ def run_section(run: RunResults, viewer: str | None, gates: bool) -> dict[str, A
         "gates": None if fusion is None else fusion.gates,
         "attention": () if fusion is None else [attention_chart(summary) for summary in fusion.attention],
         "coverage": coverage_rows(metrics),
-        "fusion": str(run.config.get("train", {}).get("fusion", "")),
+        "fusion": "one modality" if alone else f"fusion {train.get('fusion', '')}",
         "masked": {
             "frames": int(frames),
             "unlabelled": (run.masked["unlabelled"] or 0) / frames if frames else None,
