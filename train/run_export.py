@@ -63,7 +63,9 @@ def export_run(run: Path, out: Path) -> list[Path]:
     if record.config.best == "each":
         files += [folder.each_file(name) for name in DIMENSIONS]
     named = {path.relative_to(folder.path).as_posix(): path for path in files if path.is_file()}
-    shared = replace(record, cache="", cache_relative="", config=replace(record.config, init="", text_weights=""))
+    groups = Path(record.config.fold_groups).name
+    settings = replace(record.config, init="", text_weights="", fold_groups=groups)
+    shared = replace(record, cache="", cache_relative="", config=settings)
     config = shared.document() | {"files": sorted(named)}
     weights = model.state_dict()
     config |= {
@@ -77,7 +79,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
     for name, path in named.items():
         write_file(out / name, path.read_bytes())
     write_file(out / PUBLISHED_CONFIG, json.dumps(config, indent=2) + "\n")
-    write_file(out / "README.md", model_card(folder.path.resolve().name, record, folder.read_metrics()))
+    write_file(out / "README.md", model_card(folder.path.resolve().name, shared, folder.read_metrics()))
     return [out / name for name in (*named, PUBLISHED_CONFIG, "README.md")]
 
 

@@ -158,6 +158,15 @@ def test_a_second_export_leaves_nothing_of_the_first(run: Path, cache: Cache, tm
     assert predictions(tmp_path / "hub", cache.path, tmp_path / "export") == expected
 
 
+def test_an_export_contains_no_paths_of_the_machine(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_text("item,speaker\n" + "".join(f"{item},{item}\n" for item in cache.items()))
+    groups = f"{tmp_path / 'groups.csv'}:speaker"
+    run = vaflow.train(cache, tmp_path / "run", epochs=1, hidden=16, device="cpu", folds=2, fold_groups=groups)
+    assert main(["export", str(run.path), str(tmp_path / "hub"), "-q"]) == 0
+    for file in ("config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "hub" / file).read_text()
+
+
 def test_a_directory_with_other_files_is_not_overwritten(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
