@@ -353,3 +353,21 @@ def test_s3(bucket, disk, monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(UsageError, match="cannot be read"):
         open_cache(url)
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/cache", "sftp://host/cache", "S3://bucket/cache"])
+def test_urls_of_other_schemes_do_not_become_folders(
+    url: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path_factory.mktemp("urls")
+    monkeypatch.chdir(folder)
+    for function in (open_cache, create_cache):
+        with pytest.raises(UsageError, match="is not a URL scheme that a cache can have"):
+            function(Path(url))
+    assert main(["cache", "info", url]) == 2
+    assert not list(folder.iterdir())
+    Path("sub:").mkdir()
+    assert create_cache("sub:/cache").path == folder / "sub:" / "cache"

@@ -10,7 +10,7 @@ from vaflow.cache.cache import Cache
 from vaflow.cache.json_documents import manifest_document, seal, unseal
 from vaflow.cache.layout import Layout
 from vaflow.cache.packed import PackedCache, refuse_writing
-from vaflow.cache.remote import Remote, url_of
+from vaflow.cache.remote import Remote, refuse_other_urls, url_of
 from vaflow.cache.schema import FORMAT, PACKED, SCHEMA_VERSION, STORES, StoreName
 from vaflow.errors import SchemaError, UsageError, command, examples, explain
 from vaflow.files import TEMPORARY
@@ -103,10 +103,11 @@ def layout_of(path: PathLike) -> Layout:
     """Return the layout of a cache: a directory, or a URL of an object store (`s3://bucket/path`).
 
     Raises:
-        UsageError: the library for this kind of store is not installed.
+        UsageError: the library for this kind of store is not installed, or no such kind is known.
     """
     url = url_of(path)
     if url is None:
+        refuse_other_urls(path)
         return Layout(Path(os.path.abspath(os.path.expanduser(path))))  # noqa: PTH100, PTH111 - does not resolve links
     remote = Remote(url)
     return Layout(remote.local, remote)

@@ -31,6 +31,7 @@ EXTRAS = {"s3fs": "s3"}  # of this package
 PULLED = ".pulled.json"  # object -> its mark (see `_mark`) when it was downloaded
 BATCH = 256  # objects per request
 _URL = re.compile(r"([a-z0-9]+):/+(.+)", re.DOTALL)
+_ANY_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # `Path` merges the slashes
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
@@ -39,6 +40,20 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     if match is None or match[1] not in SCHEMES:
         return None
     return f"{match[1]}://{match[2].rstrip('/')}"
+
+
+def refuse_other_urls(path: str | os.PathLike[str]) -> None:
+    """Check that a path is not a URL of another scheme, which would become a folder of this name.
+
+    Raises:
+        UsageError: it is one, and the working directory has no such folder.
+    """
+    text = os.fspath(path)
+    match = _ANY_URL.match(text)
+    if match is None or match[1] in SCHEMES or Path(f"{match[1]}:").is_dir():
+        return
+    expected = "a folder, or a URL that begins with s3://, gs://, abfs:// or az://"
+    raise UsageError(explain(f"{match[1]}: is not a URL scheme that a cache can have", expected=expected, got=text))
 
 
 @cache
