@@ -167,8 +167,8 @@ def _task(
             changed.add(name)
         elif rehash and IMAGES_DIGEST in recorded.meta:
             frames = cache.read(name, item).frame
-            if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):
-                changed.add(name)
+            if recorded.meta[IMAGES_DIGEST] != images_digest(clip, frames):  # faces and crops do not state a digest
+                changed |= {other for other in infos.keys() - missing if SOURCES[infos[other].kind] == SOURCES[kind]}
     streams = tuple(name for name in infos if name in missing | changed)
     return PendingClip(clip, streams, bool(changed), everyone, people)
 

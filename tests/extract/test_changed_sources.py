@@ -104,3 +104,25 @@ def test_rehash_detects_replaced_crops_of_equal_size(tiny_pair: tuple, tmp_path:
     assert run(with_crops, out, tiny_pair).done == 1, "names and sizes agree"
     assert run(with_crops, out, tiny_pair, rehash=True).changed == 1
     assert run(with_crops, out, tiny_pair, rehash=True).done == 1
+
+
+def test_rehash_detects_faces_in_replaced_frames_of_equal_size(tiny_pair: tuple, tmp_path: Path) -> None:
+    """The streams of faces and of their crops state no digest of the images."""
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+
+    def draw(level: int) -> None:
+        for number in range(2):
+            image = Image.fromarray(np.full((64, 64, 3), level, np.uint8))
+            image.save(folder / f"{number:05d}.png", compress_level=0)
+
+    draw(90)
+    (folder / "a.json").write_text('{"frames": {"00000": {"valence": 1, "arousal": 1}}}')
+    dataset, out = open_dataset(tmp_path / "data", "afew-va"), tmp_path / "cache"
+    run(dataset, out, tiny_pair)
+    attempts = {name: open_cache(out).record(name, "a").attempt for name in ("faces", "crops", "clip-tiny", "labels")}
+    draw(0)
+    assert run(dataset, out, tiny_pair, rehash=True).changed == 1
+    after = open_cache(out)
+    replaced = {name for name, attempt in attempts.items() if after.record(name, "a").attempt != attempt}
+    assert replaced == {"faces", "crops", "clip-tiny"}
