@@ -40,6 +40,8 @@ KINDS: tuple[Kind, ...] = ("visual", "audio")
 ENCODER = "imported"
 SHOWN = 10  # failures that are logged; the file lists all of them
 
+IMPORT_FAILURES = "failures-import.jsonl"  # in a cache that was extracted, whose own list stays
+
 _RESERVED = (LABELS, LOGMEL, PIXELS)
 _MANIFEST = "manifest.json"
 
@@ -153,7 +155,7 @@ def import_features(
     if info is not None and info.name in cache.streams():
         cache.declare(info)
         info = None
-    failures = FailureLog(cache.path / FAILURES)
+    failures = FailureLog(cache.path / (IMPORT_FAILURES if target.extracted else FAILURES))
     summary = ImportSummary(len(files), failures=failures.failures, failures_file=cache.layout.named(failures.path))
     work = _Import(cache, config, expected, info, target, scales, summary)
     try:

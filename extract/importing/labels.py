@@ -93,6 +93,9 @@ class ImportedLabels:
         stream: the features' name. Labels on the features' clock belong to this stream, and change with it.
         rate: rows of the features per second, or None.
 
+    Attributes:
+        extracted: the labels of the cache come from videos.
+
     Raises:
         UsageError: label files are given, and the cache's labels come from videos.
     """
@@ -100,13 +103,13 @@ class ImportedLabels:
     def __init__(self, cache: Cache, stream: str, rate: float | None, options: LabelOptions) -> None:
         self._cache, self._stream, self._rate, self._options = cache, stream, rate, options
         known = cache.streams().get(LABELS)
-        self._extracted = known is not None and known.identity.get("clock") != CLOCK
-        if self._extracted and options.folder is not None:
+        self.extracted = known is not None and known.identity.get("clock") != CLOCK
+        if self.extracted and options.folder is not None:
             problem = f"The labels of {cache.place} come from its videos and cannot be mixed with others"
             change = command("cache", "splits", cache.place, "splits.csv")
             remedy = f"Omit --labels, or import into another cache. To change splits only: {change}"
             raise UsageError(explain(problem, got=f"--labels {options.folder}", remedy=remedy))
-        self._declared = self._extracted
+        self._declared = self.extracted
 
     def needed(self, file: FeatureFile) -> bool:
         """Whether the item's labels are missing, or its files or options have changed.
@@ -115,11 +118,11 @@ class ImportedLabels:
             DataError: the cache was extracted from videos, and lacks this item.
         """
         if not self._cache.has(LABELS, file.item):
-            if self._extracted:
+            if self.extracted:
                 problem = f"{self._cache.place} was extracted from videos, and has no item {file.item!r}"
                 raise DataError(explain(problem, remedy="Name the files as the cache's items, or extract it first"))
             return True
-        return not self._extracted and not self._same(file, self._cache.record(LABELS, file.item))
+        return not self.extracted and not self._same(file, self._cache.record(LABELS, file.item))
 
     def _same(self, file: FeatureFile, record: Record) -> bool:
         source, table = record.source, self._table(file.item)

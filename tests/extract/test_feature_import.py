@@ -14,6 +14,7 @@ from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import DataError, FingerprintError, UsageError
 from vaflow.extract.importing.feature_files import find_features, read_features, signature
 from vaflow.extract.importing.features import ImportConfig, ImportSummary, import_features
+from vaflow.failures import Failure, read_failures, write_failures
 
 RNG = np.random.default_rng(0)
 
@@ -217,8 +218,10 @@ def test_features_can_be_added_to_an_extracted_cache(tmp_path: Path) -> None:
     record = cache.write(LABELS, "a", nothing, source={"video": {"size": 1}}, meta={"split": "val", "duration": 3.0})
     save(tmp_path / "from", "a", RNG.normal(size=(5, 2)))
     save(tmp_path / "from", "b", RNG.normal(size=(5, 2)))
+    write_failures(cache.path / "failures.jsonl", [Failure("c", "open", "MediaError", "empty")])
     summary = bring(tmp_path, rate=2)
     assert summary.imported == 1 and "has no item 'b'" in failed(summary)["b"]
+    assert {failure.item for failure in read_failures(cache.path)} == {"b", "c"}, "of the import and of the extraction"
     assert open_cache(tmp_path / "cache").record(LABELS, "a") == record
     text(tmp_path / "labels" / "a.csv", "time,valence", "0,0.5")
     with pytest.raises(UsageError, match="Omit --labels"):
