@@ -353,6 +353,8 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     columns = tuple(name for k, name in enumerate(header) if k not in clocks)
     if not rows or not columns or len(clocks) > 1:
         raise DataError(explain(f"{path} holds no targets", expected="a header, then a row per frame or time"))
+    if len(set(columns)) < len(columns):
+        raise DataError(explain(f"{path} has two columns of one name", got=", ".join(columns)))
     named = names or columns
     single = task == "classes" and {len(row) - len(clocks) for row in rows} == {1}
     if task == "classes" and not single and names and names != columns:
@@ -374,6 +376,9 @@ def read_targets(path: Path, task: str, names: tuple[str, ...] = ()) -> TargetTa
     most = MAX_SECONDS if clock == "time" else MAX_FRAME
     if not ((at >= 0) & (at <= most)).all():  # NaN fails this comparison too
         raise DataError(explain(f"{path} has impossible times or frames", expected=f"numbers from 0 to {most:.0f}"))
+    if len(np.unique(at)) < len(at) or (clock == "frame" and (at != np.floor(at)).any()):
+        expected = "each time once" if clock == "time" else "whole numbers, each once"
+        raise DataError(explain(f"{path} has {clock}s that cannot be used", expected=expected))
     return TargetTable(named, clock, at, value, np.isfinite(value))
 
 
