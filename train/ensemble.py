@@ -29,6 +29,7 @@ from vaflow.files import write_file
 from vaflow.timeline import Floats
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import data_warnings, read_for
+from vaflow.train.inputs import check_same_targets
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_files import Maker, read_sources, write_evaluation
 from vaflow.train.run_folder import ENSEMBLE_FILE, RunFolder, cache_of, load_run, require_record
@@ -246,6 +247,7 @@ class Members:
                 trained = load_run(run, self._device)
                 read = partial(load_split, self._cache, split, device=self._device, show=self._show)
                 windows = read_for(run, trained.record, self._cache, read)
+                check_same_targets(trained.record.targets, self._cache)
                 items = [clip.item for clip in windows.clips]
                 if traces and items != [trace.clip.item for trace in traces[0]]:
                     problem = f"{self.runs[0]} and {run} have other clips in split {split!r}"

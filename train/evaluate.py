@@ -17,7 +17,7 @@ from vaflow.train.config import NONE, TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.folds import split_items
 from vaflow.train.groups import Groups
-from vaflow.train.inputs import InputStream, check_same
+from vaflow.train.inputs import InputStream, check_same, check_same_targets
 from vaflow.train.masks import without_modality
 from vaflow.train.prediction_files import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
@@ -83,6 +83,7 @@ def evaluate_run(
         return load_split(cache, split, streams, replace(settings, fold_splits=divided), device=target, show=show)
 
     windows = read_for(run, trained.record, cache, read)
+    check_same_targets(trained.record.targets, cache)
     failed = failed_items(cache, split, divided)
     lost = check_complete(windows, failed, allow_missing)
     traces = list(trained.traces(windows if without is None else without_modality(windows, without)))

@@ -286,6 +286,22 @@ def check_same(streams: Iterable[InputStream], cache: Cache) -> None:
             _log_differences(tuple(allowed.items()))
 
 
+def check_same_targets(targets: Iterable[TargetSpec], cache: Cache) -> None:
+    """Check that a run's further targets have the same classes or units in this cache, in the same order.
+
+    Raises:
+        FingerprintError: they differ.
+    """
+    for spec in targets:
+        if spec.name not in cache.streams():
+            continue
+        (present,) = target_specs(cache, [spec.name])
+        if present != spec:
+            problem = f"Targets {spec.name!r} of {cache.place} are not those that the run was trained on"
+            expected, got = (f"{one.task}: {', '.join(one.names)}" for one in (spec, present))
+            raise FingerprintError(explain(problem, expected=expected, got=got))
+
+
 @lru_cache
 def _log_differences(fields: tuple[tuple[str, str], ...]) -> None:
     """Log the fields that differ, none of which has a visible effect, and, unless they are many, their values."""

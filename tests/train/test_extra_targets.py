@@ -1,6 +1,7 @@
 """Expression classes and action units: losses equal PyTorch, scores equal torchmetrics, and a complete run."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, StreamInfo
-from vaflow.errors import UsageError
+from vaflow.errors import FingerprintError, UsageError
 from vaflow.timeline import nearest
 from vaflow.train.batch import BINARY, CLASSES, ExtraRows, ExtraTargets, TargetSpec, extra_loss, extra_scores
 from vaflow.train.config import TrainConfig
@@ -183,3 +184,11 @@ def test_a_cache_without_the_targets_is_rejected(cache: Cache, run: Path, tmp_pa
         resolve(cache, replace(CONFIG, extra_targets=("expr",)))
     other = make_cache(tmp_path / "other", Toy(seed=3))
     assert "extra" not in evaluate_run(run, other, device="cpu", write=False)
+
+
+def test_targets_in_another_order_are_not_scored(cache: Cache, run: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "cache", Toy(seconds=(8, 14), unlabelled=0.0))
+    other.declare(StreamInfo("expr.8", "targets", 0, "float32", {"task": CLASSES, "names": list(NAMES[::-1])}))
+    for score in (partial(evaluate_run, run, other), partial(ensemble_runs, [run], tmp_path / "e", cache=other)):
+        with pytest.raises(FingerprintError, match=r"classes: sad, calm, happy\. Got: classes: happy, calm"):
+            score(device="cpu")
