@@ -304,8 +304,11 @@ def _named_files(config: Path) -> Iterable[str]:
     return files
 
 
-def load_run(path: Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load a finished run; no cache is needed.
+def load_run(path: Path, device: torch.device | str = "cpu", *, finishing: bool = False) -> LoadedRun:
+    """Load a finished run; no cache is needed. If a longer training was interrupted, the weights before it are loaded.
+
+    Args:
+        finishing: `vaflow train` is about to mark the run as finished.
 
     Raises:
         UsageError: it is not a run directory, or its training has not finished.
@@ -317,6 +320,9 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> LoadedRun:
         problem = f"The run {path} was interrupted before it finished"
         remedy = f"Resume it: {command('train', record.cache, '--out', path, '--config', folder.config_file)}"
         raise UsageError(explain(problem, expected="model.safetensors", remedy=remedy))
+    if not (finishing or folder.done) and folder.config_file.is_file():
+        resume = command("train", record.cache, "--out", path, "--config", folder.config_file)
+        log.warning("%s is trained longer and not finished; its earlier weights are used. To resume: %s", path, resume)
     model = _read_model(record, folder.weights_file).to(device).eval()
     each = None
     if record.config.best == "each":

@@ -159,7 +159,7 @@ class Session:
         for name, weights in progress.each.items():
             write_tensors(self.folder.each_file(name), weights)
         if progress.each:
-            predictor = load_run(self.folder.path, next(model.parameters()).device).predictor
+            predictor = load_run(self.folder.path, next(model.parameters()).device, finishing=True).predictor
         missing: dict[str, Any] = {"allow_missing": self.allow_missing, "failed": self._failed()}
         report, traces = evaluate_windows(predictor, data.val, split, centers=config.centers, **missing)
         if config.uncertainty != "none":

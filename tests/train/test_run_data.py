@@ -227,8 +227,9 @@ def test_more_epochs_continue_to_the_same_result(cache: Cache, tmp_path: Path) -
 
 
 def test_an_interrupted_extended_training_is_not_marked_finished(
-    cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert evaluate_run(run, cache) and not caplog.records
 
     def stop(row: dict[str, float]) -> None:
         raise KeyboardInterrupt
@@ -238,6 +239,8 @@ def test_an_interrupted_extended_training_is_not_marked_finished(
         with pytest.raises(KeyboardInterrupt):
             quiet_run(cache, replace(CONFIG, epochs=4), run)
     assert not RunFolder(run).done
+    evaluate_run(run, cache)
+    assert "its earlier weights are used" in caplog.text
     assert quiet_run(cache, replace(CONFIG, epochs=4), run).metrics["epochs"] == 4
 
 
