@@ -126,7 +126,7 @@ def ensemble_runs(
     chosen_on = ""
     if how != "mean":
         chosen_on = _common_split(runs, records, "--weights-split") if weights_split is None else weights_split
-    ensemble = weigh(members.runs, how, members.traces(chosen_on) if chosen_on else (), chosen_on)
+    ensemble = weigh(members.runs, how, members.scored(chosen_on) if chosen_on else (), chosen_on)
     traces, lost, failed = combine(members.traces(split), ensemble.table), members.lost(split), members.failed(split)
     report = score_traces(traces, split, lost, failed, centers=records[0].config.centers)
     if len(runs) > 1 or traces[0].std is not None:
@@ -152,9 +152,7 @@ def ensemble_runs(
 
 def calibrate_ensemble(members: "Members", weights: Floats, split: str) -> Calibration:
     """Calibrate the standard deviations of an ensemble on a split."""
-    traces = combine(members.traces(split), weights)
-    lost = {clip.item for clip in members.lost(split)}
-    return calibrate([trace for trace in traces if trace.clip.item not in lost], split)
+    return calibrate(combine(members.scored(split), weights), split)
 
 
 def members_of(path: Path) -> tuple[list[Path], Floats]:
@@ -258,6 +256,10 @@ class Members:
                 traces.append(list(trained.traces(windows)))
             self._made[split] = traces
         return self._made[split]
+
+    def scored(self, split: str) -> list[list[Trace]]:
+        """The traces of clips that have features."""
+        return [[t for t in traces if t.clip.item not in self._lost[split]] for traces in self.traces(split)]
 
     def lost(self, split: str) -> list[ClipRows]:
         """Labelled clips without features of some run."""

@@ -163,12 +163,12 @@ class Session:
         missing: dict[str, Any] = {"allow_missing": self.allow_missing, "failed": self._failed()}
         report, traces = evaluate_windows(predictor, data.val, split, centers=config.centers, **missing)
         if config.uncertainty != "none":
-            calibration = calibrate(traces, split)
+            left_out = set(report["missing"]["clips"])
+            calibration = calibrate([t for t in traces if t.clip.item not in left_out], split)
             write_calibration(self.folder.path, calibration)
             features = TrainingFeatures.fit(data.train, data.val)
             features.write(self.folder.path)
             traces = list(features.mark(data.val, calibrated(traces, calibration)))
-            left_out = set(report["missing"]["clips"])
             report |= uncertainty_report([t for t in traces if t.clip.item not in left_out], split, split)
         maker = Maker(self.folder.path, {self.folder.path: require_record(self.folder.path)})
         write_evaluation(self.folder.output_folder(split), maker, self.cache, traces)

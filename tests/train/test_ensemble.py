@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from synthetic_cache import Toy, make_cache
+from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.ensemble import best_weights, combine, concordance_weights, ensemble_runs, onto_simplex
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.submit import submit_run
 from vaflow.train.train_run import train_run
@@ -253,3 +254,14 @@ def test_predictions_of_an_ensemble_do_not_leave_its_directory(runs: list[Path],
     with pytest.raises(UsageError, match="Remove the link"):
         ensemble_runs(runs, tmp_path / "e", device="cpu")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_weights_are_chosen_on_scored_clips(runs: list[Path], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 3}, seconds=(8, 14)))
+    for stream in (VISUAL, AUDIO):
+        cache.drop(stream, "val0")
+    made, _ = ensemble_runs(runs, tmp_path / "e", "ccc", cache=cache, allow_missing=True, device="cpu")
+    scores = [evaluate_run(run, cache, allow_missing=True, write=False, device="cpu")["ccc"] for run in runs]
+    assert made.scores is not None
+    for name in ("valence", "arousal"):
+        assert made.scores[name] == pytest.approx([score[name] for score in scores])

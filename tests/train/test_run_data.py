@@ -25,6 +25,7 @@ from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.run_folder import RunFolder, cache_of, load_run
 from vaflow.train.train_run import Result, train_run
+from vaflow.train.uncertainty import read_calibration
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=3e-3, batch_size=8, epochs=2, device="cpu")
@@ -264,10 +265,13 @@ def test_best_within_keeps_the_epoch_with_the_best_score_within_videos(cache: Ca
     assert metrics["within_video_ccc"]["mean"] == pytest.approx(max(scores))
 
 
-def test_the_best_epoch_is_chosen_on_scored_clips(cache: Cache, tmp_path: Path) -> None:
+def test_the_best_epoch_and_the_calibration_are_chosen_on_scored_clips(cache: Cache, tmp_path: Path) -> None:
     cache.drop(VISUAL, "val0")
     cache.drop(AUDIO, "val0")
-    metrics = quiet_run(cache, CONFIG, tmp_path / "run", allow_missing=True).metrics
+    config = replace(CONFIG, uncertainty="variance")
+    metrics = quiet_run(cache, config, tmp_path / "run", allow_missing=True).metrics
+    calibration = read_calibration(tmp_path / "run")
+    assert calibration is not None and calibration.videos == metrics["n_videos"] == 1
     best = read_history(tmp_path / "run" / "history.csv")[metrics["best_epoch"] - 1]
     assert best["val_ccc_mean"] == pytest.approx(metrics["ccc"]["mean"])
 
