@@ -313,6 +313,9 @@ class StoredReader:
         job, stored = self._job, self._job.stored
         assert stored is not None
         source = open_once(stored.cache)
+        if not source.has(CROPS, stored.item):
+            remedy = "To add them, repeat its extraction without --chosen-only"
+            raise MediaError(explain(f"{stored.cache} has no crops of the people of {stored.item!r}", remedy=remedy))
         duration = float(source.meta(stored.item)["duration"])
         self._send(Clock(job.number, {}, duration, source.record(stored.stream, stored.item).source))
         frame = source.read(stored.stream, stored.item, ["frame"]).frame

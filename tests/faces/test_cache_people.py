@@ -136,6 +136,17 @@ def test_a_table_chooses_and_leaves_out_clips(
     assert main([*arguments, "--device", "cpu"]) == 2, "another choice"
 
 
+def test_a_clip_without_stored_crops_is_listed_with_a_remedy(folder: Path, tmp_path: Path) -> None:
+    """As after an extraction in two runs, the second one with --chosen-only."""
+    shutil.copytree(folder / "main.fresh", tmp_path / "source")
+    open_cache(tmp_path / "source", writable=True).drop("crops", "pair")
+    assert people(tmp_path, "source", "out", "--person", "id:2") == 3
+    messages = {
+        json.loads(line)["item"]: line for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    }
+    assert "repeat its extraction without --chosen-only" in messages["pair"]
+
+
 def test_a_person_of_a_clip_can_be_left_out(everyone: Path, tmp_path: Path) -> None:
     (tmp_path / "choices.csv").write_text("clip,person\npair#1,none\nempty,none\n")
     arguments = ["--choices", str(tmp_path / "choices.csv"), "-q"]
