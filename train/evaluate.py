@@ -27,6 +27,7 @@ from vaflow.train.run_record import (
     cache_places,
     clip_digests,
     shared_recordings,
+    streams_read,
 )
 from vaflow.train.scores import check_complete, failed_items, featureless, score_traces
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
@@ -90,7 +91,10 @@ def evaluate_run(
     report = score_traces(traces, split, lost, failed, centers=config.centers, groups=groups)
     if trained.calibration is not None and not without:
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
-        report |= uncertainty_report(used, split, trained.calibration.split)
+        calibrated_on = trained.calibration.split
+        if not _holds_validation_clips(run, trained.record, cache):
+            calibrated_on += " of the training cache"  # no label here has helped to choose the intervals
+        report |= uncertainty_report(used, split, calibrated_on)
     items = [trace.clip.item for trace in traces]
     untrained = [name for name in trained.record.untrained if report["ccc"][name] is not None]
     report["warnings"] += [f"{config.train_split}: {name} is not labelled in this split" for name in untrained]
@@ -156,6 +160,15 @@ def _shared_recordings(run: Path, record: RunRecord, cache: Cache, split: str, i
         except (CacheError, UsageError) as error:  # such as a damaged or changed cache, while another one is scored
             log.warning("Not compared with the clips that %s was trained on: %s", run, error)
     return shared_recordings(split, digests(cache, items), train)
+
+
+def _holds_validation_clips(run: Path, record: RunRecord, cache: Cache) -> bool:
+    """Whether a cache is that of a run's training, or holds clips of its validation split as they were there."""
+    if address(cache.place) in cache_places(run, record):
+        return True
+    recorded = (RunFolder(run).read_clips() or {}).get(record.config.val_split, {})
+    clips = clip_digests(cache, streams_read(record.config, cache), sorted(recorded.keys() & set(cache.items())))
+    return any(recorded[item] == clip.content for item, clip in clips.items())
 
 
 def _training_clips(run: Path, config: TrainConfig, cache: Cache) -> list[str]:

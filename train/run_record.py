@@ -19,7 +19,7 @@ import tomli_w
 from vaflow import __version__
 from vaflow.cache import Cache, address
 from vaflow.cache.json_documents import canonical
-from vaflow.cache.schema import LABELS, Record
+from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.errors import CorruptError, UsageError, count, examples, explain
 from vaflow.train.batch import TargetSpec
 from vaflow.train.config import BEFORE_SETTING, TrainConfig, merge
@@ -59,6 +59,12 @@ def clip_digests(cache: Cache, streams: Iterable[str], items: Iterable[str]) -> 
         )
         for item in items
     }
+
+
+def streams_read(config: TrainConfig, cache: Cache) -> list[str]:
+    """Streams of a cache that a run reads, without the labels and the prompts."""
+    streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
+    return [name for name in streams if name in cache.streams()]
 
 
 def _digest(records: Sequence[Record], group: str) -> ClipDigest:

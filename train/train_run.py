@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
-from vaflow.cache.schema import LOGMEL, PIXELS
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder, write_file
@@ -27,6 +26,7 @@ from vaflow.train.run_record import (
     clip_digests,
     new_record,
     shared_recordings,
+    streams_read,
     to_json,
 )
 from vaflow.train.session import Session, new_model, reproducible
@@ -134,8 +134,7 @@ def _check_clips(session: Session) -> RunRecord | None:
         ignore = ["device", "patience", *(["epochs"] if longer else [])]
         check_unchanged(folder.path, old, session.record, ignore)
     check_has_clips(cache)
-    streams = [*config.visual, *config.audio, *config.extra_targets, *((PIXELS, LOGMEL) if config.finetune else ())]
-    known = [name for name in streams if name in cache.streams()]
+    known = streams_read(config, cache)
     splits = {
         split: clip_digests(cache, known, split_items(cache, split, config.fold_splits, config.fold_groups))
         for split in (config.train_split, config.val_split)

@@ -12,7 +12,7 @@ import torch
 from synthetic_cache import Toy, make_cache
 from toy_batches import toy_batch, toy_model
 
-from vaflow.cache import Cache
+from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.batch import Output
@@ -185,6 +185,23 @@ def test_metrics_contain_the_coverage_of_written_standard_deviations(runs: dict[
         shares.append(np.mean(pairs))
     assert report["coverage"]["valence"]["80"] == pytest.approx(np.mean(shares), abs=2e-3)
     assert report["uncertainty"]["held_out"] == "calibrated on split val"
+
+
+def test_coverage_in_another_cache_is_that_of_the_written_intervals(
+    runs: dict[str, Path], cache: Cache, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs["variance"], tmp_path / "run"))
+    other = make_cache(tmp_path / "other", Toy(splits={"train": 1, "val": 3}, seconds=(8.0, 14.0), seed=7))
+    report = evaluate_run(run, other, device="cpu")
+    assert report["uncertainty"]["held_out"] == "calibrated on split val of the training cache"
+    shares = []
+    for file in (run / "predictions" / "val").glob("*.csv"):
+        rows = [row for row in csv.DictReader(file.open()) if row["label_arousal"]]
+        table = np.array([[float(row[name]) for name in ("arousal", "label_arousal", "arousal_std")] for row in rows])
+        shares.append(np.mean(np.abs(table[:, 0] - table[:, 1]) <= 1.2815515655446004 * table[:, 2]))
+    assert report["coverage"]["arousal"]["80"] == pytest.approx(np.mean(shares), abs=2e-3)
+    copy = open_cache(shutil.copytree(cache.path, tmp_path / "copy"))
+    assert evaluate_run(run, copy, device="cpu")["uncertainty"]["held_out"] == "each video is calibrated on the others"
 
 
 def test_smoothing_recalibrates_standard_deviations(
