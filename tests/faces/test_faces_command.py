@@ -96,6 +96,13 @@ def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> No
     assert middles["1"] < 320 < middles["2"]
 
 
+def test_the_faces_of_a_cache_on_an_object_store_are_shown(extracted: Path, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/cache"
+    assert main(["cache", "convert", str(extracted), "--out", url, "--store", "zarr"]) == 0
+    assert main(["faces", url, "--out", str(tmp_path / "faces.html")]) == 0
+    assert f"vaflow cache people {url}" in (tmp_path / "faces.html").read_text("utf-8")
+
+
 def test_a_cache_without_a_faces_stream_is_rejected(
     two_people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

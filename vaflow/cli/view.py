@@ -148,7 +148,9 @@ def faces(
 
     Example: vaflow faces affwild2.cache --media affwild2/raw_videos --out faces.html
     """
-    if not path.exists():
+    from vaflow.cache.remote import url_of
+
+    if url_of(path) is None and not path.exists():
         raise UsageError(explain(f"{path} does not exist", expected="a cache, a video, or a directory of videos"))
     check_file(out, "--out")
     with loading(output):

@@ -19,6 +19,7 @@ from PIL import Image as Images
 from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
+from vaflow.cache.remote import url_of
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
 from vaflow.datasets.files import head
@@ -284,7 +285,7 @@ def write_people(
         log.warning("No crops of %s (%s): %s", count(len(bare), "clip"), examples(bare), reason)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE, tuple(unreadable))
-    cache = str(path) if is_cache(path) else ""
+    cache = (url_of(path) or str(path)) if is_cache(path) else ""
     write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE, cache=cache))
     write_file(page.table, faces_csv(tables))
     return page
