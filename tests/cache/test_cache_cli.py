@@ -80,6 +80,15 @@ def test_verify_and_repair(tmp_path, store, capsys):
     assert not open_cache(path).has("visual", "c")
 
 
+def test_repair_does_not_claim_to_repair_a_lost_stream_file(tmp_path, store, capsys):
+    path = small_cache(tmp_path / "cache", store).path
+    (path / "streams" / "visual.json").unlink()
+    assert main(["cache", "repair", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "0 problems repaired" in printed.out
+    assert "1 stream file lost: extract or import again with the same settings" in printed.err
+
+
 def test_repair_prints_json(tmp_path, store, capsys):
     path = small_cache(tmp_path / "cache", store).path
     file = damage(path)

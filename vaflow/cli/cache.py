@@ -122,9 +122,16 @@ def repair(output: Output, cache: CachePath) -> int:
         return 0
     for problem in problems:
         echo(visible(str(problem)))
+    lost = [problem for problem in problems if problem.path.startswith("streams/")]
     if not output.quiet:
-        echo(f"{count(len(problems), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
-    if problems:
+        echo(f"{count(len(problems) - len(lost), 'problem')} repaired, {count(len(stale), 'leftover')} removed")
+    if lost:
+        files = count(len(lost), "stream file")
+        echo(
+            f"{files} lost: extract or import again with the same settings; it writes them and keeps the items",
+            err=True,
+        )
+    elif problems:
         echo("Run `vaflow extract` again: it remakes only the removed items", err=True)
     return 0
 
