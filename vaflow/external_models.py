@@ -57,9 +57,12 @@ class Columns:
 
 
 def model_traces(
-    cache: Cache, name: str, columns: Columns, items: Sequence[str], *, show: bool = False
+    cache: Cache, name: str, columns: Columns, items: Sequence[str], *, weights: Path | None = None, show: bool = False
 ) -> tuple[list[Trace], Any]:
     """Return the trace of every clip, and the windows that its clips were read with.
+
+    Args:
+        weights: the model's file, instead of the one in its name.
 
     Raises:
         UsageError: the cache has no such stream, or the stream too few columns.
@@ -70,7 +73,7 @@ def model_traces(
         remedy = f"Extract it: vaflow extract ROOT --out {cache.place} --visual {name}"
         raise UsageError(explain(f"{cache.place} has no stream of this model", got=name, choices=known, remedy=remedy))
     info = known[name]
-    check_same_model(cache, info)
+    check_same_model(cache, info, weights)
     columns.check(name, info.dim)
     chosen = {"visual": (name,), "audio": ()} if info.kind == VISUAL else {"visual": (), "audio": (name,)}
     config, inputs = resolve(cache, TrainConfig(**chosen, kl_weight=0.0))  # type: ignore[arg-type]
@@ -85,15 +88,18 @@ def model_traces(
     return traces, windows
 
 
-def check_same_model(cache: Cache, info: StreamInfo) -> None:
+def check_same_model(cache: Cache, info: StreamInfo, weights: Path | None = None) -> None:
     """Compare a stream with the files of its model, if they are here.
+
+    Args:
+        weights: the model's file, instead of the one in its name.
 
     Raises:
         FingerprintError: they are not those that the stream was made with.
     """
-    if not Path(info.name.removeprefix("onnx:")).is_file():
+    if weights is None and not Path(info.name.removeprefix("onnx:")).expanduser().is_file():
         return
-    present, recorded = build_encoder(info.name).identity, info.identity
+    present, recorded = build_encoder(info.name, weights=weights).identity, info.identity
     parts = ("weights", "sidecar", "front")
     changed = [part for part in parts if canonical(present.get(part)) != canonical(recorded.get(part))]
     if changed:
@@ -158,8 +164,9 @@ def predict_model(
     if not media and config.cache is None:
         raise UsageError(explain("Nothing to predict", expected="videos, or --cache CACHE to predict its clips"))
     clips, settings = clips_of(media), None  # a missing video is reported before the model is read
+    weights = config.weights.get(name)
     if media:
-        encoder = build_encoder(name, weights=config.weights.get(name))
+        encoder = build_encoder(name, weights=weights)
         columns.check(name, encoder.dim)
         visual = encoder.kind == VISUAL
         settings = ExtractConfig(
@@ -174,7 +181,9 @@ def predict_model(
     features = ClipFeatures.of(clips, settings, out, config, show_progress)
     predicted: list[Predicted] = []
     if features.items:
-        traces, windows = model_traces(features.cache, name, columns, features.items, show=show_progress)
+        traces, windows = model_traces(
+            features.cache, name, columns, features.items, weights=weights, show=show_progress
+        )
         empty = {clip.item for clip in featureless(windows)}
         for trace in traces:
             if trace.clip.item in empty:

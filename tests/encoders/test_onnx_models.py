@@ -15,7 +15,7 @@ from vaflow.cli import main
 from vaflow.encoders import build_encoder
 from vaflow.errors import UsageError, WeightsError
 
-pytest.importorskip("onnxruntime")
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 FACE = 'kind = "visual"\nsize = 224\nmean = [0.5, 0.5, 0.5]\nstd = [0.25, 0.25, 0.25]\norder = "BGR"\n'
 VOICE = 'kind = "audio"\nlength = 8000\nscale = 2.0\n'
 
@@ -82,6 +82,25 @@ def test_both_files_are_part_of_the_identity(face: tuple[Any, Path], tmp_path: P
     assert build(other / "face.onnx").identity != before
 
 
+@pytest.mark.parametrize("location", ["weights.bin", f"{'w' * 200}.bin"])
+def test_weights_files_of_any_name_are_part_of_the_identity(face: tuple[Any, Path], location: str) -> None:
+    _, path = face
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=location, size_threshold=0)
+    before, weights = build(path).identity, path.parent / location
+    weights.write_bytes((1.5 * np.fromfile(weights, np.float32)).tobytes())
+    assert build(path).identity["weights"] != before["weights"]
+
+
+def test_graphs_in_the_format_of_onnxruntime_are_read(face: tuple[Any, Path]) -> None:
+    _, path = face
+    before, options = build(path), onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".ort"))
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(str(path), options)
+    images = torch.zeros(1, 224, 224, 3, dtype=torch.uint8)
+    torch.testing.assert_close(build(path.with_suffix(".ort")).encode(images), before.encode(images))
+
+
 def test_a_missing_sidecar_error_prints_a_template(face: tuple[Any, Path], tmp_path: Path) -> None:
     _, path = face
     path.with_suffix(".toml").unlink()
@@ -121,6 +140,7 @@ def test_a_sidecar_contradicting_the_graph_is_rejected(face: tuple[Any, Path], c
         ('input = "picture"', "names an input that the graph lacks.*picture.*input"),
         ('output = "logits"', "names an output that the graph lacks"),
         ("columns = [8, 12]", "columns that the output lacks.*0 to 10"),
+        ("columns = [0.0, 8]", "columns that the output lacks"),
         ("colour = 1", "colour is unknown"),
         ('interpolation = "fast"', "interpolation is 'fast', not one of"),
         ("edge = 2.5", "edge is 2.5"),
@@ -183,6 +203,11 @@ def test_a_pretrained_model_predicts_and_is_scored(
     for k, dimension in enumerate(("valence", "arousal")):
         expected = np.interp(table["time"], times, values[:, k])
         np.testing.assert_allclose(table[dimension], expected, atol=2e-3)
+    other = path.parent / "other.onnx"
+    other.write_bytes(path.read_bytes())
+    other.with_suffix(".toml").write_text(path.with_suffix(".toml").read_text().replace("BGR", "RGB"))
+    exchanged = ["--weights", f"{name}={other}", "--out", str(tmp_path / "exchanged")]
+    assert main(["predict", name, "--va", "8,9", str(clips / "single_face.mp4"), *exchanged]) == 0
     capsys.readouterr()
     assert main(["evaluate", name, "--va", "8,9", "--cache", str(cache), "--json"]) == 0
     assert '"n_frames"' in capsys.readouterr().out

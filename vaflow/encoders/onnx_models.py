@@ -5,6 +5,7 @@ A graph does not say how its input is prepared. `FILE` with the suffix .toml, be
 """
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,6 +29,7 @@ from vaflow.errors import UsageError, WeightsError, explain
 NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 NUMPY |= {"tensor(int32)": np.int32}
 DATA = (".data", "_data")  # suffixes of files with a graph's weights
+LOCATION = re.compile(rb"\n\x08location\x12([\x80-\xff]?)([\x00-\x7f])")  # before their names in the graph's file
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,26 @@ class Graph:
 
     @property
     def parameter_count(self) -> int | None:
-        """Number of weights in the graph; None without the package `onnx`."""
+        """Number of weights in the graph; None without the package `onnx`, or in ONNX Runtime's own format."""
         try:
             import onnx
+            from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         except ImportError:
             return None
-        model = onnx.load(str(self.path), load_external_data=False)
+        try:
+            model = onnx.load(str(self.path), load_external_data=False)
+        except DecodeError:
+            return None
         return sum(prod(tensor.dims) for tensor in model.graph.initializer)
 
     @property
     def digest(self) -> str:
-        """BLAKE2b of the file, and of the weights file beside it."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in (self.path, *(self.path.with_name(self.path.name + suffix) for suffix in DATA)):
+        """BLAKE2b of the file, and of the files with its weights."""
+        content = self.path.read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16)
+        usual = [self.path.with_name(self.path.name + suffix) for suffix in DATA]
+        named = {self.path.parent / name for name in _weights_files(content)}
+        for path in (*usual, *sorted(named - set(usual))):
             if path.is_file():
                 digest.update(path.read_bytes())
         return digest.hexdigest()
@@ -185,6 +194,16 @@ class Graph:
             expected = f"{main} {self.inputs[main][0]}"
             raise UsageError(explain(f"{self.path} rejects its input", expected=expected, got=got)) from error
         return np.concatenate(results).astype(np.float32, copy=False)
+
+
+def _weights_files(content: bytes) -> set[str]:
+    """Return the names that a graph's file gives to the files with its weights, relative to its folder."""
+    names = set()
+    for match in LOCATION.finditer(content):
+        high, low = match.groups()  # the name's length, 7 bits per byte, the lowest first
+        length = high[0] % 128 + 128 * low[0] if high else low[0]
+        names.add(content[match.end() : match.end() + length].decode(errors="replace").replace("\0", "?"))
+    return names
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -279,7 +298,8 @@ def _check_shape(graph: Graph, name: str, shape: tuple[int, ...]) -> None:
 def _columns(graph: Graph, columns: tuple[int, ...], dim: int) -> slice:
     if not columns:
         return slice(None)
-    if len(columns) != 2 or not 0 <= columns[0] < columns[1] <= dim:
+    whole = all(type(column) is int for column in columns)
+    if not whole or len(columns) != 2 or not 0 <= columns[0] < columns[1] <= dim:
         problem = f"The sidecar of {graph.path} names columns that the output lacks"
         raise UsageError(explain(problem, expected=f"columns = [first, last + 1] within 0 to {dim}", got=columns))
     return slice(*columns)
