@@ -30,7 +30,7 @@ from vaflow.errors import DataError, UsageError, examples, explain
 from vaflow.extract.source_identity import file_identity, same_file
 from vaflow.timeline import Floats
 
-MISSING = NOT_A_NUMBER | {"na", "n/a", "null"}  # cells of R, spreadsheets and databases as well
+MISSING = NOT_A_NUMBER | {"n/a", "null"}  # cells of spreadsheets and databases as well
 ROLES = ("time", "frame", "start", "end", "valence", "arousal", "ignore")
 
 _CLOCK_TIME = re.compile(r"(?:(\d+) days? )?(\d+):(\d\d):(\d\d(?:[.,]\d+)?)", re.ASCII)  # pandas writes "0 days ..."

@@ -25,6 +25,7 @@ from vaflow.datasets.affwild2 import read_affwild2, strip_side
 from vaflow.datasets.clip import Annotation
 from vaflow.datasets.files import Assignment, below, read_table, separator_of
 from vaflow.datasets.labels import (
+    EMPTY,
     MAX_FRAME,
     MAX_SECONDS,
     TARGETS,
@@ -239,7 +240,7 @@ def _read_spans(path: Path, columns: Columns, times: Floats) -> Annotation | Non
     for number, cells in text.rows(len(names), separator=separator):
         starts += text.stamps([(number, cells[names.index("start")])], "seconds").tolist()
         ends += text.stamps([(number, cells[names.index("end")])], "seconds").tolist()
-        rows.append([text.value(cells[names.index(target)], number, {""}) for target in targets])
+        rows.append([text.value(cells[names.index(target)], number, EMPTY) for target in targets])
         if len(starts) == len(ends) and starts and not starts[-1] < ends[-1]:
             text.problems.add("end is not after start", number)
     text.check(len(rows))

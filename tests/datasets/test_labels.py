@@ -255,3 +255,10 @@ def test_spreadsheet_exports_are_read(tmp_path: Path, text: str) -> None:
     annotation = read(tmp_path, text, "csv")
     assert annotation.time is not None and annotation.time.tolist() == [0.5, 1.0]
     np.testing.assert_array_equal(annotation.value, f32([[0.25, -0.5], [np.nan, 1]]))
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "NaN", "NA"])
+def test_cells_that_pandas_writes_for_missing_values_are_unlabelled(tmp_path: Path, cell: str) -> None:
+    text = f"time,valence,arousal\n0,{cell},0.5\n1,0.25,{cell}\n"
+    np.testing.assert_array_equal(read(tmp_path, text, "csv").value, f32([[np.nan, 0.5], [0.25, np.nan]]))
+    assert "line 2 ('inf')" in message(tmp_path, text.replace("0.5", "inf"), "csv")

@@ -18,8 +18,8 @@ TARGETS = ("valence", "arousal")
 UNANNOTATED = -5.0
 MAX_FRAME = 10_000_000  # 92 hours at 30 frames/s; larger numbers are rejected: they would allocate too much memory
 MAX_SECONDS = 1_000_000.0  # 11 days; limit of times
-EMPTY = frozenset({""})  # cells that mean "not annotated"
-NOT_A_NUMBER = frozenset({"", "?", "nan"})  # ... in files that MATLAB, Weka or pandas wrote
+EMPTY = frozenset({"", "nan", "na"})  # cells, in lower case, that mean "not annotated"; pandas and R write such
+NOT_A_NUMBER = EMPTY | {"?"}  # ... in files that MATLAB or Weka wrote
 CLOCK_GAP = 0.25  # seconds between the time of a frame and the time that its label states; more is a contradiction
 LATE_LABELS = 1.0  # seconds that time-stamped labels may continue after the clip
 USUAL_ROWS = (-3, 2)  # annotation rows minus frames, as in Aff-Wild2
@@ -168,7 +168,7 @@ class LabelFile:
             clock: name of the column of times; "frame": of frame numbers.
             targets: names of the K columns of values.
             first: line of the first row, 1-based.
-            missing: cells that mean "not annotated".
+            missing: cells, in lower case, that mean "not annotated".
             stated: name of a further column, whose cells are NaN where they are no numbers.
 
         Raises:

@@ -163,8 +163,8 @@ def has_predictions(header: Sequence[str]) -> bool:
 def read_csv(path: Path, names_of: Callable[[list[str]], list[str]] | None = None) -> Annotation:
     """A table with a column `frame` (0-based) or `time` (seconds), and `valence`, `arousal` or one of them.
 
-    With both, `frame` counts. Other columns are ignored. Values are in [-1, 1]; -5 or an empty cell is not annotated.
-    Frames and times ascend. Cells may be separated by semicolons or tabs, and then have decimal commas.
+    With both, `frame` counts. Other columns are ignored. Values are in [-1, 1]; -5, NaN, NA or an empty cell is
+    not annotated. Frames and times ascend. Cells may be separated by semicolons or tabs, and then have decimal commas.
 
     Args:
         names_of: header -> names of the columns; None: the header in lower case.
