@@ -50,7 +50,7 @@ class ExtractConfig:
         group="encoders", option="--audio", shown=True)
     weights: dict[str, Path] = field(default_factory=dict)
     window: float = setting(10.0, "Length of a window",
-        group="sampling", unit="seconds", at_least=0.01, below=MAX_SECONDS, source=P1, option="--window", shown=True)
+        group="sampling", unit="seconds", at_least=0.1, below=MAX_SECONDS, source=P1, option="--window", shown=True)
     stride: float = setting(3.0, "Time between the starts of two windows",
         group="sampling", unit="seconds", at_least=0.01, below=MAX_SECONDS, source=P1, option="--stride", shown=True)
     frames: int = setting(20, "Frames per window",

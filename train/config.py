@@ -28,6 +28,7 @@ AUTO = -1  # of epochs
 POSITIONS = ("none", "time")
 UNCERTAINTY = ("none", "variance")
 P1 = "arXiv 2603.13415"
+MIN_WINDOW, MIN_STRIDE = 0.1, 0.01  # seconds, as in extraction; smaller ones make millions of windows
 MAX_WINDOW = 24 * 3600.0  # seconds; maximum duration of a clip
 MAX_SAMPLES = 100_000  # per window
 # Settings added since the first version, with the value that trains as that version did. Runs without them are read
@@ -64,9 +65,9 @@ class TrainConfig:
         group="data", unset="that of the first visual stream", metavar="STREAM")
     prompts: str = setting("default", "Prompt set: an item of the stream of prototypes", group="data")
     window: float | None = setting(None, "Length of a training window",
-        group="data", unit="seconds", above=0, below=MAX_WINDOW, unset="as in the cache", option="--window")
+        group="data", unit="seconds", at_least=MIN_WINDOW, below=MAX_WINDOW, unset="as in the cache", option="--window")
     stride: float | None = setting(None, "Time between the starts of two windows",
-        group="data", unit="seconds", above=0, below=MAX_WINDOW, unset="as in the cache", option="--stride")
+        group="data", unit="seconds", at_least=MIN_STRIDE, below=MAX_WINDOW, unset="as in the cache", option="--stride")
     frames: int | None = setting(None, "Output frames per window",
         group="data", above=0, below=MAX_SAMPLES, unset="as in the cache", option="--frames")
     audio_steps: int | None = setting(None, "Audio steps per window",

@@ -221,6 +221,7 @@ def test_a_rerun_without_work_prints_no_speed(
 EARLY_ERRORS = (
     ["--store", "netcdf"],
     ["--window", "0"],
+    ["--window", "0.05", "--stride", "0.05"],
     ["--window", "1e308"],
     ["--device", "gpu"],
     ["--visual", "clip-vit-b17"],

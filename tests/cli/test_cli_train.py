@@ -103,6 +103,8 @@ def test_evaluate_on_another_cache(run: Path, cache: Cache, tmp_path: Path, caps
         (["--config", "absent.toml"], "absent.toml"),
         (["--set", "val_split=test"], "Choices: train, val"),
         (["--window", "2", "--stride", "3", "--frames", "4"], "stride"),
+        (["--window", "0.001"], "--window must be a number >= 0.1"),
+        (["--stride", "0.001"], "--stride must be a number >= 0.01"),
         (["--device", "tpu"], "cuda"),
         (["--set", "hidden=15"], "even"),
     ],
