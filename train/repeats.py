@@ -345,6 +345,7 @@ def train_repeats(
     *,
     together: str = "auto",
     allow_missing: bool = False,
+    fresh: bool = False,
     level: int = logging.ERROR,
     on_run: Callable[[str, float | None], None] | None = None,
     on_choice: Callable[[str], None] = log.info,
@@ -354,12 +355,13 @@ def train_repeats(
     Args:
         runs: name -> settings.
         out: directory of the runs; not a run itself.
+        fresh: delete these runs in `out` first; runs of other names stay.
         level: of the log lines of runs that are shown.
         on_run: called with the name and the mean CCC of each finished run.
         on_choice: called with a line about each batch that was timed.
 
     Raises:
-        UsageError: settings that do not fit the cache; `out` is a run.
+        UsageError: settings that do not fit the cache; `out` is a run, or another process writes there.
     """
     RunFolder(out).refuse()
     scores: dict[str, Mapping[str, float | None]] = {}
@@ -367,6 +369,8 @@ def train_repeats(
     resolved = [(name, resolve(cache, config)[0]) for name, config in runs.items()]
     trainer = Trainer(cache, together=together, allow_missing=allow_missing, on_choice=on_choice)
     with lock_folder(out, "vaflow train"), one_thread(level):
+        if fresh:
+            _delete_runs(out, list(runs))
         for batch in batches_of(resolved, lambda run: run[1]):
             for number, result in trainer.train([(config, out / name) for name, config in batch]):
                 name = batch[number][0]
@@ -380,3 +384,14 @@ def train_repeats(
         if not repeats.rejected:  # else the results of an earlier command stay
             write_file(out / "repeats.json", json.dumps(repeats.document(), indent=1) + "\n")
     return repeats
+
+
+def _delete_runs(out: Path, names: Sequence[str]) -> None:
+    """Delete runs and their results in `out/repeats.json`; no run if another process writes one of them."""
+    with ExitStack() as stack:
+        for name in names:
+            RunFolder(out / name).make()  # refuses a directory that is not a run
+            stack.enter_context(lock_folder(out / name, "vaflow train"))
+        (out / "repeats.json").unlink(missing_ok=True)
+        for name in names:
+            RunFolder(out / name).clear()

@@ -92,10 +92,10 @@ def open_session(stack: ExitStack, cache: Cache, config: TrainConfig, out: Path,
     folder.make()
     if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first one holds the lock
         stack.enter_context(lock_folder(folder.path, "vaflow train"))
-        if fresh:
-            folder.clear()
-            folder.make()
-    config, inputs = resolve(cache, config)
+    config, inputs = resolve(cache, config)  # first: settings that do not fit delete no run
+    if fresh and os.environ.get("RANK", "0") == "0":
+        folder.clear()
+        folder.make()
     return Session(cache, config, inputs, folder, new_record(cache, config, inputs, folder.path))
 
 

@@ -76,7 +76,7 @@ def test_every_fold_and_seed_writes_the_files_of_a_single_run(cache, tmp_path, c
     [
         (["--all-folds"], "requires --folds"),
         (["--seeds", "0"], "--seeds must be >= 1"),
-        (["--seeds", "2", "--fresh"], "exclude --fresh"),
+        (["--seeds", "2", "--weights", "toy=x.pt"], "exclude --weights"),
         (["--seeds", "2", "--finetune"], "not supported with --finetune"),
         (["--seeds", "2", "--together", "often"], "Unknown --together"),
     ],
@@ -95,6 +95,12 @@ def test_other_settings_leave_the_results_of_an_earlier_command(cache, tmp_path,
     printed = capsys.readouterr()
     assert printed.err.count("holds a run with other settings") == 2 and not printed.out
     assert (tmp_path / "out" / "repeats.json").read_text() == before
+    assert main([*command, "--lr", "1e-2", "--fresh", "--visual", "absent"]) == 2, (
+        "settings that do not fit delete nothing"
+    )
+    assert (tmp_path / "out" / "repeats.json").read_text() == before
+    assert main([*command, "--lr", "1e-2", "--fresh", "-q"]) == 0
+    assert (tmp_path / "out" / "repeats.json").read_text() != before
 
 
 def test_a_diverging_run_is_reported_and_the_others_finish(cache, tmp_path, capsys):

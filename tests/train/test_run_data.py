@@ -113,6 +113,13 @@ def test_a_run_of_an_older_version_has_no_digests(cache: Cache, run: Path, caplo
     assert "older version" in caplog.text
 
 
+def test_fresh_with_settings_that_do_not_fit_deletes_nothing(cache: Cache, tmp_path: Path) -> None:
+    quiet_run(cache, CONFIG, tmp_path / "run")
+    with pytest.raises(UsageError, match="no visual stream"):
+        quiet_run(cache, replace(CONFIG, visual=("absent",)), tmp_path / "run", fresh=True)
+    assert RunFolder(tmp_path / "run").done
+
+
 def test_fresh_deletes_only_the_run(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "run"
     quiet_run(cache, CONFIG, out)

@@ -70,7 +70,9 @@ AllFolds = Annotated[bool, grouped("Output", flag("Train every fold of --folds, 
 Together = Annotated[
     str, grouped("Output", option("WHEN", "Train seeds and folds in a batch: auto (if faster), always, never."))
 ]
-Fresh = Annotated[bool, grouped("Output", flag("Delete the run in --out first.", "--fresh"))]
+Fresh = Annotated[
+    bool, grouped("Output", flag("Delete the run in --out first; with --seeds or --all-folds, these runs.", "--fresh"))
+]
 Out = Annotated[Path, grouped("Output", option("RUN", "Directory of the run."), shown=True)]
 
 
@@ -119,10 +121,11 @@ def train(
         from vaflow.train.train_run import train_run
 
     if seeds is not None or all_folds:
-        if fresh or weights:
-            raise UsageError(explain("--seeds and --all-folds exclude --fresh and --weights"))
+        if weights:
+            raise UsageError(explain("--seeds and --all-folds exclude --weights"))
         runs = repeats_of(merged, 1 if seeds is None else seeds, all_folds)
-        return _train_repeats(open_cache(cache), runs, out, together, allow_missing, output)
+        options = {"together": together, "allow_missing": allow_missing, "fresh": fresh}
+        return _train_repeats(open_cache(cache), runs, out, options, output)
     result = train_run(
         open_cache(cache),
         merged,
@@ -151,7 +154,7 @@ def training_summary(result: "Result", out: Path) -> str:
 
 
 def _train_repeats(
-    cache: "VACache", runs: dict[str, TrainConfig], out: Path, together: str, allow_missing: bool, output: Output
+    cache: "VACache", runs: dict[str, TrainConfig], out: Path, options: dict[str, Any], output: Output
 ) -> int:
     """Train several runs, and print their scores."""
     from tqdm import tqdm
@@ -169,8 +172,7 @@ def _train_repeats(
             cache,
             runs,
             out,
-            together=together,
-            allow_missing=allow_missing,
+            **options,
             level=output.worker_level,
             on_run=report,
             on_choice=lambda text: None if output.quiet else bar.write(text, file=sys.stderr),
