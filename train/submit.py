@@ -26,6 +26,8 @@ from vaflow.train.run_folder import load_run
 from vaflow.train.scores import featureless
 
 HEADER = "image_location,valence,arousal"
+_LONGEST_ROW = 4096  # characters
+_WRITTEN = re.compile(r"[^,]+,-?[01]\.[0-9]{6},-?[01]\.[0-9]{6}")  # a row of `submission_text`
 _LOCATION = re.compile(r"(?P<trial>.+)/(?P<number>[0-9]{1,9})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
@@ -101,13 +103,14 @@ def submit_run(
             more than the video has frames.
 
     Raises:
-        UsageError: the run or the sample is unusable.
+        UsageError: the run or the sample is unusable, or `out` exists and is not a submission.
         FingerprintError: the cache's streams were made with other settings than the run's.
         DataError: rows of the sample have no prediction; every reason is given with its count.
     """
     rows = read_sample(sample)
     if out.exists() and out.samefile(sample):
         raise UsageError(explain(f"--out {out} is the sample", expected="another file"))
+    refuse_other_files(out)
     target = choose_device(device)
     counts = Counter(row.trial for row in rows)
     known = set(cache.items())
@@ -132,6 +135,21 @@ def submit_run(
     write_sources_of_file(out, maker_of(run), cache, items)
     held = Counter(row.trial for row in rows if row.number > len(traces[row.trial]))
     return Submitted(len(rows), len(counts), dict(held))
+
+
+def refuse_other_files(out: Path) -> None:
+    """Check that a submission replaces a submission only: the header, then a row with six decimals; or an empty file.
+
+    Raises:
+        UsageError: `out` is another file, such as the run's settings or a sample.
+    """
+    if not out.is_file() or not out.stat().st_size:
+        return
+    with out.open(encoding="utf-8", errors="replace") as file:
+        header, row = (file.readline(_LONGEST_ROW).rstrip("\n") for _ in range(2))
+    if header != HEADER or _WRITTEN.fullmatch(row) is None:
+        expected = "a new file, or one that `vaflow submit` wrote"
+        raise UsageError(explain(f"--out {out} is not a submission", expected=expected, remedy="Choose another --out"))
 
 
 def submission_text(rows: Iterable[SampleRow], traces: Mapping[str, Floats]) -> str:

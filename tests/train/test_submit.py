@@ -198,3 +198,17 @@ def test_the_sample_is_not_overwritten(cache: Cache, run: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="is the sample"):
         submit_run(run, cache, sample, tmp_path / "." / "sample.txt")
     assert sample.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["run/config.toml", "run/metrics.json", "other-sample.txt"])
+def test_only_a_submission_is_overwritten(
+    cache: Cache, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    sample = sample_file(tmp_path, ["val0/00001.jpg,0,0"])
+    out = run.parent / name
+    if not out.exists():
+        out.write_bytes(sample.read_bytes())
+    before = out.read_bytes()
+    assert main(["submit", str(run), "--sample", str(sample), "--out", str(out)]) == 2
+    assert f"--out {out} is not a submission" in capsys.readouterr().err
+    assert out.read_bytes() == before
