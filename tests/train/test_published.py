@@ -178,3 +178,10 @@ def test_a_directory_with_other_files_is_not_overwritten(
 def test_an_exported_run_needs_the_name_of_a_cache(exported: Path) -> None:
     with pytest.raises(UsageError, match=r"is an exported run, which does not name its cache\. Name it with --cache"):
         cache_of(exported)
+
+
+def test_provenance_of_an_exported_run_states_that_its_cache_is_not_recorded(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["provenance", str(exported)]) == 0
+    assert "cache     not recorded: the run was exported" in capsys.readouterr().out

@@ -311,7 +311,9 @@ def run_lines(document: dict[str, Any], *, whole: bool) -> Iterator[str]:
         yield f"run       {run['path']} (vaflow {run['vaflow']}), settings {settings}{share}"
         for name, digest in run["weights"].items():
             yield f"weights   {name} {_short(digest, whole)}"
-    yield f"cache     {cache['path']} ({cache.get('store', cache['state'])})"
+    place = f"{cache['path']} ({cache.get('store', cache['state'])})"
+    exported = "not recorded: the run was exported, without its cache; name it with --cache"
+    yield f"cache     {place if cache['path'] else exported}"
     for stream in document["streams"]:
         facts = [f"prompt set {stream['set']!r}"] if "set" in stream else []
         facts += [f"fingerprint {_short(stream['fingerprint'], whole)}"] if "fingerprint" in stream else []
