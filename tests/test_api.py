@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,3 +97,18 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="windw"):
         vaflow.extract(tmp_path, tmp_path / "cache", windw=3)
+
+
+def test_settings_have_the_types_of_the_command(run: vaflow.Run) -> None:
+    root, cache = run.path.parent / "videos", run.path.parent / "cache"
+    same: dict[str, Any] = {"window": 2, "stride": "1", "frames": 4.0, "weights": None}
+    assert vaflow.extract(root, cache, visual="clip-tiny", audio=("ast-tiny",), **same).done == 2
+    with pytest.raises(UsageError, match=r"--visual must be .*got None"):
+        vaflow.extract(root, cache, visual=None)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"--frames must be .*got 4\.5"):
+        vaflow.extract(root, cache, visual=["clip-tiny"], frames=4.5)
+
+
+def test_a_prediction_is_of_one_video(run: vaflow.Run) -> None:
+    with pytest.raises(UsageError, match=r"videos is a folder.*vaflow predict .*--out DIR"):
+        run.predict(run.path.parent / "videos")

@@ -107,6 +107,9 @@ class Run:
         """
         from vaflow.predict import PredictConfig, predict_media
 
+        if Path(video).is_dir():
+            remedy = f"vaflow predict {self.path} {video} --out DIR"
+            raise UsageError(explain(f"{video} is a folder", expected="one video file", remedy=remedy))
         config = PredictConfig(device=device, weights={k: Path(v) for k, v in (weights or {}).items()})
         with tempfile.TemporaryDirectory(prefix="vaflow-") as folder:
             summary = predict_media(self.path, [Path(video)], Path(folder), config, show_progress=show_progress)
@@ -199,15 +202,18 @@ def extract(
     from vaflow.datasets import open_dataset
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import extract as run
+    from vaflow.settings import settings_of
 
     known = list(ExtractConfig.__dataclass_fields__)
     for name in settings:
         if name not in known:
             raise UsageError(explain("Unknown setting of extract", got=name, choices=known))
-    settings["weights"] = {name: Path(path) for name, path in settings.get("weights", {}).items()}
-    if settings.get("prompts") is not None:
-        settings["prompts"] = Path(settings["prompts"])
-    config = ExtractConfig(visual=tuple(visual), audio=tuple(audio), **settings)
+    weights = {name: Path(path) for name, path in (settings.pop("weights", None) or {}).items()}
+    described = settings_of(
+        ExtractConfig
+    )  # window=10 becomes 10.0, as on the command line: fingerprints tell them apart
+    given = {"visual": visual, "audio": audio, **settings}
+    config = ExtractConfig(weights=weights, **{name: described[name].coerce(value) for name, value in given.items()})
     target = out if "://" in str(out) else Path(out)
     return run(open_dataset(root, layout), target, config, store=store, show_progress=show_progress)  # type: ignore[arg-type]
 

@@ -50,6 +50,7 @@ from vaflow.train.traces import Trace
 
 log = logging.getLogger(__name__)
 
+FLOAT32 = ("onnx", "opensmile")  # encoders that ignore --precision
 IMPORTED = "imported"  # encoder of streams whose features were imported
 CLIPS_AT_A_TIME = 32
 _LONGEST_HEADER = 4096  # bytes of a table's first line
@@ -280,7 +281,8 @@ def extraction_settings(members: Mapping[Path, LoadedRun], config: PredictConfig
     faces: list[dict[str, Any]] = [stream.identity.get("picture", {}).get("faces", {}) for stream in streams]
     runtimes = [identity.get("runtime", "") for identity in faces]
     detectors = [name for name in DETECTORS for runtime in runtimes if runtime.startswith(f"{name} ")]
-    precisions = {stream.identity.get("precision", "auto") for stream in streams if stream.kind != LOGMEL}
+    rounded = [stream for stream in streams if stream.kind != LOGMEL and stream.identity.get("encoder") not in FLOAT32]
+    precisions = {stream.identity.get("precision", "auto") for stream in rounded}
     precision = precisions.pop() if len(precisions) == 1 else "auto"
     if precision == "float16" and choose_device(config.device).type != "cuda":
         precision = "auto"

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
+from vaflow.predict import PredictConfig, extraction_settings
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
@@ -67,3 +70,13 @@ def test_prompts_are_added_and_read_with_context(cache: Path, tmp_path: Path) ->
     assert main(["cache", "prompts", str(cache), "--prompts", str(tmp_path / "plain.toml")]) == 0
     context = ["--set", "prompt_context=2", "--set", "prompts=plain"]
     assert main(["train", str(cache), "--out", str(tmp_path / "run"), *SMALL, *context]) == 0
+
+
+@pytest.mark.parametrize(("encoder", "expected"), [("onnx", "bfloat16"), ("opensmile", "bfloat16"), ("hf", "auto")])
+def test_encoders_that_have_one_precision_do_not_change_that_of_the_others(encoder: str, expected: str) -> None:
+    streams = [
+        SimpleNamespace(name="clip-tiny", kind="visual", identity={"encoder": "clip", "precision": "bfloat16"}),
+        SimpleNamespace(name=f"{encoder}:one", kind="audio", identity={"encoder": encoder}),
+    ]
+    run: Any = SimpleNamespace(record=SimpleNamespace(head_streams=streams, tuned=()))
+    assert extraction_settings({Path("run"): run}, PredictConfig(device="cpu")).precision == expected
