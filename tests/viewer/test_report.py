@@ -14,7 +14,7 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.viewer.predictions import find_predictions
+from vaflow.viewer.predictions import find_predictions, list_runs
 from vaflow.viewer.report import paired_differences, write_report
 from vaflow.viewer.run_results import read_run, read_runs
 
@@ -204,7 +204,9 @@ def test_smoothed_scores_are_marked(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert head.endswith("smoothing") and plain.endswith("none") and smooth.endswith("mean, 2 s, tuned on val")
 
 
-def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(tmp_path: Path) -> None:
+def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = create_cache(tmp_path / "cache")
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {}))
     arrays = {"time": np.arange(2.0), "value": np.zeros((2, 2), np.float32), "valid": np.ones((2, 2), bool)}
@@ -215,14 +217,47 @@ def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(tmp_pa
         sources["items"][item]["records"][LABELS] |= {"attempt": cache.write(LABELS, item, arrays).attempt}
     file.write_text(json.dumps(sources))
     assert read_run(tmp_path / "run").outdated == ()
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "outdated" not in capsys.readouterr().out
     cache.write(LABELS, "changed", arrays)
     cache.drop(LABELS, "dropped")
     assert read_run(tmp_path / "run").outdated == ("changed", "dropped")
     write_report([tmp_path / "run"], tmp_path / "report.html")
-    assert (
-        "the cache has changed since these clips were scored: changed, dropped"
-        in (tmp_path / "report.html").read_text()
-    )
+    message = "the cache has changed since these clips were scored: changed, dropped"
+    assert message in (tmp_path / "report.html").read_text()
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "run (outdated)" in printed and f"run: {message}. Score again: vaflow evaluate {tmp_path}" in printed
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["outdated"] == ["changed", "dropped"]
+
+
+def test_the_list_of_runs_does_not_connect_to_object_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run")
+    file = tmp_path / "run/predictions/val/sources.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cache": "s3://bucket/cache"}))
+    monkeypatch.setattr("vaflow.viewer.predictions.open_cache", pytest.fail)
+    assert [line.outdated for line in list_runs(tmp_path)] == [()]
+
+
+def test_a_cache_that_was_moved_with_its_run_is_compared(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "old/cache")
+    cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {}))
+    arrays = {"time": np.arange(2.0), "value": np.zeros((2, 2), np.float32), "valid": np.ones((2, 2), bool)}
+    write_run(tmp_path / "old/run", clips=["a"])
+    for name in ("config.toml", "predictions/val/sources.json"):
+        file = tmp_path / "old/run" / name
+        file.write_text(file.read_text().replace("/no/such/cache", str(cache.path)))
+    sources = json.loads(file.read_text())
+    sources["items"]["a"]["records"][LABELS] |= {"attempt": cache.write(LABELS, "a", arrays).attempt}
+    file.write_text(json.dumps(sources))
+    config = tmp_path / "old/run/config.toml"
+    config.write_text('cache_relative = "../cache"\n' + config.read_text())
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert [line.outdated for line in list_runs(tmp_path / "new")] == [()]
+    create_cache(tmp_path / "new/cache").write(LABELS, "a", arrays)
+    assert [line.outdated for line in list_runs(tmp_path / "new")] == [("a",)]
+    assert read_run(tmp_path / "new/run").outdated == ("a",)
 
 
 def test_predictions_of_an_earlier_run_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

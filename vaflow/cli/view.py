@@ -7,7 +7,7 @@ import typer
 
 from vaflow.cli.common import Output, check_directory, check_file, echo, interval, loading, number, print_json, table
 from vaflow.cli.options import argument, flag, option
-from vaflow.errors import FAILED, SOME_FAILED, UsageError, count, explain
+from vaflow.errors import FAILED, SOME_FAILED, UsageError, command, count, examples, explain
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare and fuse labels of several annotators.")
 
@@ -112,7 +112,9 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
     """List the runs below a directory with their scores.
 
     Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. A smoothing that
-    was tuned on that split makes its score optimistic. -v adds the fusion and the streams.
+    was tuned on that split makes its score optimistic. A run is outdated if its clips were extracted or labelled
+    again, or dropped from the cache, since it was scored; caches on object stores are not read. -v adds the fusion and
+    the streams.
 
     Example: vaflow runs runs
     """
@@ -125,7 +127,8 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
     rows = []
     smoothed = any(line.smoothing for line in lines)
     for line in lines:
-        name = line.path if line.status == "done" else f"{line.path} ({line.status})"
+        status = "outdated" if line.outdated else line.status
+        name = line.path if status == "done" else f"{line.path} ({status})"
         scores = [number(line.ccc.get(dimension)) for dimension in ("valence", "arousal", "mean")]
         edges = interval(line.ci95.get("mean") or [None])
         row = [name, *scores, edges, line.split, line.temporal, number(line.seed, "d")]
@@ -133,6 +136,10 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
     header = ["run", "valence", "arousal", "mean", "95 %", "split", "temporal", "seed"]
     header += ["smoothing"] * smoothed + ["fusion", "streams"] * output.verbose
     echo(table(rows, header) if rows else f"No runs below {root}")
+    for line in lines:
+        if line.outdated:
+            clips, again = examples(line.outdated), command("evaluate", root / line.path)
+            echo(f"\n{line.path}: the cache has changed since these clips were scored: {clips}. Score again: {again}")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, open_cache
+from vaflow.cache.remote import url_of
 from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, examples, explain
 from vaflow.timeline import Bools, Floats
@@ -163,10 +164,11 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
     train = _mapping(run.get("train"))
     streams = [name for d in documents for name in _mapping(d.get("streams")) if name != "labels"]
     streams += [str(table.get("name")) for table in run.get("stream", ())]
+    recorded = next((str(d["cache"]) for d in [*documents, run] if d.get("cache")), "")
     return PredictionSet(
         path,
         tuple(clip for clip in predicted_clips if not clips or clip.item in clips),
-        next((str(d["cache"]) for d in [*documents, run] if d.get("cache")), None),
+        cache_place(path, run, recorded) if recorded else None,
         tuple(dict.fromkeys(streams)),
         float(train.get("centers", 0.66)),
         float(train.get("sigma", 0.45)),
@@ -228,7 +230,12 @@ def read_predictions(path: Path) -> Predictions:
 
 @dataclass(frozen=True)
 class RunLine:
-    """One line of `vaflow runs`: a run and its headline, or why it has none."""
+    """One line of `vaflow runs`: a run and its headline, or why it has none.
+
+    Attributes:
+        outdated: clips whose records in the cache are no longer those that were scored; empty if this is not known,
+            because the cache is not on this machine.
+    """
 
     path: str
     status: str
@@ -241,6 +248,7 @@ class RunLine:
     ccc: Mapping[str, float | None] = field(default_factory=dict)
     ci95: Mapping[str, Any] = field(default_factory=dict)
     smoothing: str = ""
+    outdated: Sequence[str] = ()
 
 
 def list_runs(root: Path) -> Iterator[RunLine]:
@@ -251,14 +259,15 @@ def list_runs(root: Path) -> Iterator[RunLine]:
     """
     if not root.is_dir():
         raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
+    caches: dict[str, Cache | None] = {}
     patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
     for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
-        line = _line(root, path.parent)
+        line = _line(root, path.parent, caches)
         if line is not None:
             yield line
 
 
-def _line(root: Path, run: Path) -> RunLine | None:
+def _line(root: Path, run: Path, caches: dict[str, Cache | None]) -> RunLine | None:
     name = run.relative_to(root).as_posix()
     try:
         config = tomllib.loads((run / "config.toml").read_text("utf-8"))
@@ -280,10 +289,45 @@ def _line(root: Path, run: Path) -> RunLine | None:
         scores = {d: metrics["ccc"].get(d) for d in SCORES}
         return RunLine(
             name, "done", **common, split=str(metrics["split"]), epochs=metrics.get("epochs"), ccc=scores,
-            ci95=metrics.get("ci95", {}),
+            ci95=metrics.get("ci95", {}), outdated=_outdated(run, config, str(metrics["split"]), caches),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunLine(name, "damaged")
+
+
+def _outdated(run: Path, config: Mapping[str, Any], split: str, caches: dict[str, Cache | None]) -> tuple[str, ...]:
+    """Scored clips whose records in the cache are no longer those that were scored; empty if this is not known.
+
+    Args:
+        caches: address -> cache, opened once each; None where it is on an object store, or cannot be opened.
+    """
+    folder = run / "predictions" / split
+    try:
+        sources = _document(folder / SOURCES)
+    except CorruptError as error:
+        log.warning("It is not known whether the clips of %s have changed: %s", run, error)
+        return ()
+    place = cache_place(run, config, str(sources.get("cache") or ""))
+    if place not in caches:
+        caches[place] = PredictionSet(run, (), place).open_cache() if place and url_of(place) is None else None
+    cache = caches[place]
+    if cache is None:
+        return ()
+    items = ((item, _mapping(source)) for item, source in _mapping(sources.get("items")).items())
+    clips = [PredictedClip(item, folder / f"{item}.csv", split, source) for item, source in items]
+    return tuple(clip.item for clip in clips if clip.is_outdated(cache))
+
+
+def cache_place(run: Path, config: Mapping[str, Any], recorded: str) -> str:
+    """Where a cache is: the recorded place, or, if the run was moved with it, the same place relative to the run.
+
+    Args:
+        config: the run's `config.toml`; empty for predictions outside of runs.
+    """
+    relative = config.get("cache_relative")
+    if recorded != config.get("cache") or not isinstance(relative, str) or not relative or Path(recorded).exists():
+        return recorded
+    return str((run.resolve() / relative).resolve())
 
 
 def _header(path: Path) -> list[str]:
