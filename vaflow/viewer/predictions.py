@@ -4,8 +4,9 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.remote import url_of
+from vaflow.cache.schema import Record
 from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, examples, explain
 from vaflow.timeline import Bools, Floats
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 REQUIRED = ("frame", "time", *DIMENSIONS)
 SOURCES = "sources.json"
 FLAGS = ("face", "audio", "far_from_training", "interpolated")  # columns of 0 and 1
+ReadRecord = Callable[[str, str], Record]  # of a stream and an item
 _EMPTY_CELL = re.compile(rb",(?=[,\r\n]|$)")
 _LIMIT = 4 * 2**30  # bytes of one CSV file
 _DEPTH = 4  # directories below the one that `vaflow runs` searches
@@ -71,14 +74,18 @@ class PredictedClip:
         for record in _mapping(self.source.get("records")).values():
             yield _mapping(_mapping(record).get("source"))
 
-    def is_outdated(self, cache: Cache) -> bool:
-        """Whether `cache` lacks a record that the prediction was made from, or has another version of it."""
+    def is_outdated(self, record_of: ReadRecord) -> bool:
+        """Whether a cache lacks a record that the prediction was made from, or has another version of it.
+
+        Args:
+            record_of: `Cache.record` of the cache.
+        """
         for stream, recorded in _mapping(self.source.get("records")).items():
             facts = _mapping(recorded)
             if "attempt" not in facts:
                 continue
             try:
-                record = cache.record(stream, self.item)
+                record = record_of(stream, self.item)
             except CacheError:
                 return True
             copied = (record.created, record.source) == (facts.get("created"), facts.get("source"))
@@ -259,7 +266,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
     """
     if not root.is_dir():
         raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
-    caches: dict[str, Cache | None] = {}
+    caches: dict[str, ReadRecord | None] = {}
     patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
     for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
         line = _line(root, path.parent, caches)
@@ -267,7 +274,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
             yield line
 
 
-def _line(root: Path, run: Path, caches: dict[str, Cache | None]) -> RunLine | None:
+def _line(root: Path, run: Path, caches: dict[str, ReadRecord | None]) -> RunLine | None:
     name = run.relative_to(root).as_posix()
     try:
         config = tomllib.loads((run / "config.toml").read_text("utf-8"))
@@ -295,11 +302,14 @@ def _line(root: Path, run: Path, caches: dict[str, Cache | None]) -> RunLine | N
         return RunLine(name, "damaged")
 
 
-def _outdated(run: Path, config: Mapping[str, Any], split: str, caches: dict[str, Cache | None]) -> tuple[str, ...]:
+def _outdated(
+    run: Path, config: Mapping[str, Any], split: str, caches: dict[str, ReadRecord | None]
+) -> tuple[str, ...]:
     """Scored clips whose records in the cache are no longer those that were scored; empty if this is not known.
 
     Args:
-        caches: address -> cache, opened once each; None where it is on an object store, or cannot be opened.
+        caches: address -> records of a cache that was opened, each read once for all runs; None where the cache is on
+            an object store, or cannot be opened.
     """
     folder = run / "predictions" / split
     try:
@@ -309,13 +319,14 @@ def _outdated(run: Path, config: Mapping[str, Any], split: str, caches: dict[str
         return ()
     place = cache_place(run, config, str(sources.get("cache") or ""))
     if place not in caches:
-        caches[place] = PredictionSet(run, (), place).open_cache() if place and url_of(place) is None else None
-    cache = caches[place]
-    if cache is None:
+        cache = PredictionSet(run, (), place).open_cache() if place and url_of(place) is None else None
+        caches[place] = None if cache is None else remembered(cache.record)
+    record_of = caches[place]
+    if record_of is None:
         return ()
     items = ((item, _mapping(source)) for item, source in _mapping(sources.get("items")).items())
     clips = [PredictedClip(item, folder / f"{item}.csv", split, source) for item, source in items]
-    return tuple(clip.item for clip in clips if clip.is_outdated(cache))
+    return tuple(clip.item for clip in clips if clip.is_outdated(record_of))
 
 
 def cache_place(run: Path, config: Mapping[str, Any], recorded: str) -> str:

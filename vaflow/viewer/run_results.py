@@ -151,7 +151,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
         clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T]), std))
     _check_same_frames(path, metrics, moments)
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
-    outdated = tuple(clip.item for clip in of_split if cache is not None and clip.is_outdated(cache))
+    outdated = tuple(clip.item for clip in of_split if cache is not None and clip.is_outdated(cache.record))
     parts = (prediction_set, tuple(clips), moments, plane, known, scored, outdated)
     return RunResults(path, name or path.name, config, text, metrics, history, *parts)
 
