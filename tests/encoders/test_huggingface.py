@@ -1,6 +1,7 @@
 """`hf:` encoders equal transformers' processors and models on tiny checkpoints."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,16 @@ def test_a_model_of_another_kind_is_rejected(checkpoints: Mapping[str, Path], tm
         build(checkpoints["wav2vec2"], kind="visual")
     with pytest.raises(UsageError, match=r"is an image model \(vit\)\. Pass it with --visual"):
         build(checkpoints["vit"], kind="audio")
+
+
+def test_a_stride_of_zero_is_rejected(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["wav2vec2"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["conv_stride"][-1] = 0
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=r"does not load.*strides >= 1.*conv_stride \[5, 2, 2, 2, 2, 2, 0\]"):
+        build_encoder(f"hf:{folder}")
 
 
 def test_pickled_weights_are_rejected(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:

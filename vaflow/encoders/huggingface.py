@@ -33,7 +33,7 @@ from vaflow.encoders.huggingface_checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.logmel import RATE
 from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, WeightsError, explain
 
 
 def build(request: Request) -> VisualEncoder | AudioEncoder:
@@ -179,6 +179,7 @@ class SpeechEncoder(WindowEncoder):
 
     Raises:
         UsageError: the model has no such layer, or its processor another sampling rate.
+        WeightsError: its convolutions have no stride.
     """
 
     front_end: ClassVar[FrontEnd] = WAVEFORM
@@ -188,6 +189,9 @@ class SpeechEncoder(WindowEncoder):
         rate = processor.get("sampling_rate", RATE)
         if rate != RATE:
             raise UsageError(explain(f"{request.name} requires another sampling rate", expected=f"{RATE} Hz", got=rate))
+        if min(getattr(config, "conv_stride", ()), default=1) < 1:
+            got = f"conv_stride {list(config.conv_stride)}"
+            raise WeightsError(explain(f"The model of {request.name} does not load", expected="strides >= 1", got=got))
         super().__init__(request, choice)
         self.module: torch.nn.Module = loaded.module.eval().to(self.device, torch.float32)
         self._config: Any = config
