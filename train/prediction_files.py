@@ -4,8 +4,10 @@ A run's folder and its cache can change later; this file records what they were,
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,17 @@ from vaflow.cache.json_documents import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.datasets.files import below
 from vaflow.encoders.prompts import REGIONS
-from vaflow.errors import CorruptError, DataError, explain
+from vaflow.errors import CorruptError, DataError, examples, explain
+from vaflow.failures import Failure
 from vaflow.files import is_behind_link, write_file
+from vaflow.item_names import person_item
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.run_folder import ENSEMBLE_FILE
 from vaflow.train.run_record import RunRecord
 from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
+
+log = logging.getLogger(__name__)
 
 SOURCES_FILE = "sources.json"
 
@@ -74,11 +80,15 @@ class ItemSources:
         csv: digest of the prediction's CSV.
         records: stream -> {"attempt", "created", "vaflow", "source"} of the clip's records.
         media: path of the clip's video, if the command had one.
+        made: when; None in files of older versions.
+        earlier: position in `PredictionSources.earlier` of what made it; None: what made the latest predictions.
     """
 
     csv: str
     records: Mapping[str, Mapping[str, Any]]
     media: str | None = None
+    made: str | None = None
+    earlier: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class PredictionSources:
         cache, store: where features were read.
         streams: name -> {"kind", "fingerprint", "identity"}.
         items: clip -> what its prediction was made from.
+        earlier: the same, without items, of clips that another run or the same run with other weights, streams or
+            cache predicted into this folder earlier.
     """
 
     made: str
@@ -102,6 +114,12 @@ class PredictionSources:
     store: str
     streams: Mapping[str, Mapping[str, Any]]
     items: Mapping[str, ItemSources] = field(default_factory=dict)
+    earlier: Sequence["PredictionSources"] = ()
+
+    def of(self, item: str) -> "PredictionSources":
+        """What made the prediction of a clip."""
+        position = self.items[item].earlier
+        return self if position is None else self.earlier[position]
 
 
 def digest(path: Path) -> str:
@@ -165,7 +183,8 @@ def write_sources(
 ) -> None:
     """Write `sources.json` for the predictions in `folder`.
 
-    Entries of other clips stay if the same run wrote them, with the same weights and streams.
+    Entries of other clips stay as long as their files exist, with the run that made them. Without items, nothing is
+    written.
 
     Args:
         folder: holds `<item>.csv` of every item.
@@ -175,6 +194,8 @@ def write_sources(
         VaflowError: the disk refuses.
     """
     files = {item: folder / f"{item}.csv" for item in items}
+    if not files:
+        return
     try:
         earlier = read_sources(folder)
     except CorruptError:
@@ -235,12 +256,13 @@ def _write(
     known = cache.streams()
     names = [name for name in maker.streams() if name in known]
     digests = {file: digest(file) for file in set(files.values())}
-    items = {}
+    items, made = {}, now()
     for item, file in files.items():
         records = {name: facts_of(cache.record(name, item)) for name in names if cache.has(name, item)}
-        items[item] = ItemSources(digests[file], records, str(media[item].absolute()) if item in media else None)
+        video = str(media[item].absolute()) if item in media else None
+        items[item] = ItemSources(digests[file], records, video, made)
     sources = PredictionSources(
-        made=now(),
+        made=made,
         vaflow=__version__,
         run=str(maker.path.resolve()),
         settings=maker.settings,
@@ -253,11 +275,25 @@ def _write(
         },
         items=items,
     )
-    same = ("run", "settings", "weights", "streams")
-    if earlier is not None and all(getattr(earlier, name) == getattr(sources, name) for name in same):
-        others = {item: facts for item, facts in earlier.items.items() if (path.parent / f"{item}.csv").is_file()}
-        sources = replace(sources, items={**others, **sources.items})
+    if earlier is not None:
+        sources = _with_earlier(path.parent, sources, earlier)
     write_file(path, (json.dumps(sources, default=vars, indent=1) + "\n"))
+
+
+def _with_earlier(folder: Path, sources: PredictionSources, earlier: PredictionSources) -> PredictionSources:
+    """Add the clips that earlier commands predicted, with what made them, if their files exist."""
+    same = ("run", "settings", "weights", "streams", "cache", "store")
+    items: dict[str, ItemSources] = {}
+    makers: list[PredictionSources] = []
+    for item, facts in earlier.items.items():
+        if item in sources.items or not (folder / f"{item}.csv").is_file():
+            continue
+        maker, position = replace(earlier.of(item), items={}, earlier=()), None
+        if any(getattr(maker, name) != getattr(sources, name) for name in same):
+            makers += [maker] if maker not in makers else []
+            position = makers.index(maker)
+        items[item] = replace(facts, made=facts.made or maker.made, earlier=position)
+    return replace(sources, items={**items, **sources.items}, earlier=tuple(makers))
 
 
 def facts_of(record: Record) -> dict[str, Any]:
@@ -280,11 +316,39 @@ def read_sources(place: Path) -> PredictionSources | None:
     try:
         document = json.loads(path.read_text("utf-8"))
         items = {item: ItemSources(**facts) for item, facts in document.pop("items").items()}
-        return PredictionSources(**document, items=items)
+        earlier = tuple(PredictionSources(**facts) for facts in document.pop("earlier", ()))
+        for item, facts in items.items():
+            if facts.earlier is not None and facts.earlier not in range(len(earlier)):
+                raise ValueError(f"{item} refers to an entry of `earlier` that does not exist")
+        return PredictionSources(**document, items=items, earlier=earlier)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptError(explain(f"{path} cannot be read", got=error)) from error
+
+
+def earlier_predictions(folder: Path, item: str) -> list[str]:
+    """Names of the prediction CSVs of a clip in a folder, or of all its people; empty where there are none."""
+    try:
+        whole = below(folder, f"{item}.csv")
+    except DataError:  # such a clip never has files
+        return []
+    people = sorted(folder.glob(f"{escape(person_item(item, 0).removesuffix('0'))}*.csv"))
+    return [path.relative_to(folder).as_posix() for path in (whole, *people) if path.is_file()]
+
+
+def with_earlier_predictions(folder: Path, failure: Failure) -> Failure:
+    """The failure of a clip, whose message names the files that an earlier prediction left in the folder."""
+    names = earlier_predictions(folder, failure.item)
+    if not names:
+        return failure
+    return replace(failure, message=f"{failure.message.rstrip('.')}. Of an earlier prediction: {examples(names)}")
+
+
+def warn_of_earlier_predictions(folder: Path, failures: Iterable[Failure]) -> None:
+    """Log the files in a folder that are not of this prediction, because their clips failed."""
+    if names := [name for failure in failures for name in earlier_predictions(folder, failure.item)]:
+        log.warning("%s keeps earlier predictions of clips that failed now: %s", folder, examples(names))
 
 
 def prediction_folders(run: Path) -> Iterator[Path]:

@@ -43,7 +43,13 @@ from vaflow.train.finetune.backbones import saved_weights
 from vaflow.train.inputs import sampling
 from vaflow.train.masks import frame_columns
 from vaflow.train.metrics import DIMENSIONS
-from vaflow.train.prediction_files import prediction_csv, read_sources, write_sources
+from vaflow.train.prediction_files import (
+    prediction_csv,
+    read_sources,
+    warn_of_earlier_predictions,
+    with_earlier_predictions,
+    write_sources,
+)
 from vaflow.train.run_folder import LoadedRun, RunFolder, load_run, local_run
 from vaflow.train.scores import featureless
 from vaflow.train.traces import Trace
@@ -209,7 +215,7 @@ class ClipFeatures:
             root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
             dataset = Dataset(root, "videos", clips, ())
             for failure in extract(dataset, folder, settings, show_progress=show_progress).failures:
-                failures.add(failure, quiet=True)
+                failures.add(with_earlier_predictions(out, failure), quiet=True)
         assert folder is not None, "videos or a cache"
         cache = open_cache(folder)
         if settings is None and not cache.items():
@@ -221,12 +227,14 @@ class ClipFeatures:
 
     def add_failure(self, item: str) -> None:
         """List a clip as failed whose features are all missing."""
-        self.failures.add(Failure(item, "predict", "DataError", "The cache has no features of this clip"))
+        failure = Failure(item, "predict", "DataError", "The cache has no features of this clip")
+        self.failures.add(with_earlier_predictions(self.out, failure))
 
     def summary(self, predicted: Sequence[Predicted], config: PredictConfig) -> PredictSummary:
         """Return the counts of the prediction; deletes the features that nothing keeps."""
         temporary = () if config.cache is not None else tuple(self.out.glob(f"{FEATURES}*"))
         failures = tuple(self.failures.failures)
+        warn_of_earlier_predictions(self.out, failures)
         summary = PredictSummary(tuple(predicted), failures, self.failures.path, self.cache.path, temporary)
         if not config.keep_features:
             summary.discard()

@@ -50,6 +50,7 @@ class Present:
         cache: None where it cannot be opened; cache_problem is the reason.
         cache_given: the caller named the cache.
         clips: of the data set, where its root was given.
+        run_missing: the run that made predictions does not exist; `maker` is another one.
     """
 
     maker: Maker
@@ -59,6 +60,7 @@ class Present:
     cache_problem: str
     cache_given: bool
     clips: Mapping[str, Clip] | None
+    run_missing: bool = False
 
     @property
     def records(self) -> list[RunRecord]:
@@ -113,7 +115,8 @@ def find_provenance(
             `vaflow submit --out`.
 
     Returns:
-        Plain JSON: "run", "cache", "streams", and "predictions": one object for every folder and item.
+        Plain JSON: "run", "cache", "streams", and "predictions": one object for every folder and item, with its "run"
+        where that was recorded. In a folder of several runs' predictions, each is compared with the run that made it.
 
     Raises:
         UsageError: the folder is not a run, `item` has no prediction, or `root` is not a data set.
@@ -124,7 +127,8 @@ def find_provenance(
         run, predictions = Path(made.run), run
     present = read_present(run, cache, root)
     folders = [predictions] if predictions is not None else list(prediction_folders(run))
-    entries = [entry for folder in folders for entry in folder_provenance(folder, present, item)]
+    own = made is not None
+    entries = [entry for folder in folders for entry in folder_provenance(folder, present, item, own=own)]
     if item is not None and not entries:
         known = sorted({name for folder in folders for name in predicted_items(folder, read_sources(folder))})
         raise UsageError(explain(f"{run} has no prediction of that clip", got=item, choices=known))
@@ -220,28 +224,50 @@ def predicted_items(folder: Path, recorded: PredictionSources | None) -> list[st
     return sorted(name.removesuffix(".csv") for name in files)
 
 
-def folder_provenance(folder: Path, present: Present, item: str | None) -> Iterator[Json]:
-    """One object per prediction in a folder, or in the one file of all clips."""
-    recorded = read_sources(folder)
-    if recorded is not None and not present.cache_given and recorded.cache != present.trained_on:
+def present_of(made: PredictionSources, present: Present, *, own: bool) -> Present:
+    """The present state that some predictions of a folder are compared with.
+
+    Args:
+        present: of the run that the caller named, or that made the latest predictions.
+        own: compare with the run that made these predictions.
+    """
+    if own and made.run != str(present.maker.path.resolve()):
+        try:
+            other = read_present(Path(made.run), None, None)
+        except UsageError:
+            other = replace(present, run_missing=True)
+        if present.cache_given:
+            other = replace(other, cache=present.cache, cache_given=True)
+        present = replace(other, clips=present.clips)
+    if not present.cache_given and made.cache != present.trained_on:
         # Predictions may have been made on another cache than the run was trained on.
         try:
-            present = replace(present, cache=open_cache(recorded.cache))
+            return replace(present, cache=open_cache(made.cache))
         except (CacheError, UsageError):
-            present = replace(present, cache=None)
+            return replace(present, cache=None)
+    return present
+
+
+def folder_provenance(folder: Path, of_run: Present, item: str | None, *, own: bool = False) -> Iterator[Json]:
+    """One object per prediction in a folder, or in the one file of all clips; see `present_of` for `own`."""
+    recorded = read_sources(folder)
+    makers = () if recorded is None else (recorded, *recorded.earlier)
+    presents = {id(made): present_of(made, of_run, own=own) for made in makers}
     for name in predicted_items(folder, recorded):
         if item not in (None, name):
             continue
         sources = recorded.items.get(name) if recorded is not None else None
+        made = recorded.of(name) if recorded is not None and sources is not None else None
+        present = of_run if made is None else presents[id(made)]
         csv = folder if folder.is_file() else folder / f"{name}.csv"
         entry: Json = {"item": name, "folder": str(folder), "csv": str(csv)}
-        if recorded is None or sources is None:  # the present records need not be those that were read
+        if made is None or sources is None:  # the present records need not be those that were read
             streams = [*(stream.name for stream in present.streams), "labels"]
             facts = {stream: present.record(stream, name) for stream in streams}
             records = {stream: {**f, "state": NOT_RECORDED} for stream, f in facts.items() if f is not None}
             entry |= {"state": NOT_RECORDED, "records": records}
         else:
-            entry |= compare_prediction(csv, recorded, sources, name, present)
+            entry |= compare_prediction(csv, made, sources, name, present)
         checked = present.clips is not None or (sources is not None and sources.media is not None)
         entry["sources"] = source_files(entry["records"], present.clip(name, sources), checked=checked)
         yield entry
@@ -255,13 +281,15 @@ def compare_prediction(
         csv_state = SAME if digest(csv) == sources.csv else CHANGED
     except OSError:
         csv_state = MISSING
+    weights, settings = recorded.weights == present.weights, recorded.settings == present.settings
     entry = {
-        "made": recorded.made,
+        "made": sources.made or recorded.made,
+        "run": recorded.run,
         "vaflow": recorded.vaflow,
         "cache": recorded.cache,
         "csv_state": csv_state,
-        "weights_state": SAME if recorded.weights == present.weights else CHANGED,
-        "settings_state": SAME if recorded.settings == present.settings else CHANGED,
+        "weights_state": MISSING if present.run_missing else SAME if weights else CHANGED,
+        "settings_state": MISSING if present.run_missing else SAME if settings else CHANGED,
         "streams": {name: facts["fingerprint"] for name, facts in recorded.streams.items()},
         "records": {
             stream: {**facts, "state": record_state(present, stream, item, facts)}

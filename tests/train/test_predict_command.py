@@ -15,6 +15,7 @@ from vaflow.cache import create_cache
 from vaflow.cli import main
 from vaflow.cli.predict import predictions_table
 from vaflow.predict import Predicted
+from vaflow.viewer.predictions import find_predictions
 
 SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
@@ -102,6 +103,32 @@ def test_predicting_further_clips_into_a_directory_keeps_the_sources_of_the_othe
     assert json.loads((out / "sources.json").read_text())["items"].keys() == set("abcdxy")
 
 
+def test_clips_that_another_run_predicted_into_a_directory_keep_their_provenance(
+    imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, cache = imported
+    other, out = tmp_path / "other", tmp_path / "predictions"
+    shutil.copytree(run, other)
+    options = ["--out", str(out), "--device", "cpu", "-q"]
+    for maker, source in ((run, cache), (other, tmp_path / "cache"), (other, tmp_path / "cache")):
+        assert main(["predict", str(maker), "--cache", str(source), *options]) == 0
+    capsys.readouterr()
+    assert main(["provenance", str(out), "--json"]) == 0
+    found = {one["item"]: one for one in json.loads(capsys.readouterr().out)["predictions"]}
+    runs = dict.fromkeys("abcd", str(other)) | dict.fromkeys("xy", str(run))
+    assert {item: one["run"] for item, one in found.items()} == runs
+    assert {one["cache"] for item, one in found.items() if item in "xy"} == {str(cache)}
+    assert {one["state"] for one in found.values()} == {"same"}
+    assert all(record["state"] == "same" for one in found.values() for record in one["records"].values())
+    assert len(json.loads((out / "sources.json").read_text())["earlier"]) == 1
+    find_predictions(out)
+    assert "another run, or other weights, predicted x, y" in capsys.readouterr().err
+    shutil.rmtree(run)
+    assert main(["provenance", str(out), "x"]) == 0
+    printed = capsys.readouterr().out
+    assert f"with {run}: missing" in printed and "weights: missing since" in printed
+
+
 def test_runs_on_imported_features_cannot_predict_videos(
     imported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,12 +142,18 @@ def test_runs_on_imported_features_cannot_predict_videos(
 def test_clips_without_features_are_listed_as_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = make_cache(tmp_path / "cache", Toy(seconds=(8, 14)))
     assert main(["train", str(cache.path), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    out = tmp_path / "out"
+    command = ["predict", str(tmp_path / "run"), "--cache", str(cache.path), "--out", str(out), "--device", "cpu"]
+    assert main(command) == 0
     for stream in list(cache.streams()):
         if stream != "labels" and cache.has(stream, "val0"):
             cache.drop(stream, "val0")
-    out = tmp_path / "out"
-    command = ["predict", str(tmp_path / "run"), "--cache", str(cache.path), "--out", str(out), "--device", "cpu"]
     assert main(command) == 3
+    assert "Of an earlier prediction: val0.csv" in (out / "failures.jsonl").read_text()
+    assert f"{out} keeps earlier predictions of clips that failed now: val0.csv" in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert main(command) == 3
+    assert "earlier" not in (out / "failures.jsonl").read_text()
     assert "1 clip failed" in capsys.readouterr().err and "val0" in (out / "failures.jsonl").read_text()
     assert len(list(out.glob("*.csv"))) == len(cache.items()) - 1
 

@@ -323,22 +323,25 @@ def run_lines(document: dict[str, Any], *, whole: bool) -> Iterator[str]:
 
 
 def provenance_table(entries: list[dict[str, Any]]) -> str:
-    """A row per prediction, with the states of its records and source files."""
+    """A row per prediction, with the states of its records and source files, and its run if there are several."""
 
     def states(parts: Any) -> str:
         return ", ".join(dict.fromkeys(part["state"] for part in parts)) or "-"
 
+    several = len({e["run"] for e in entries if "run" in e}) > 1
     rows = [
-        (e["item"], Path(e["folder"]).name, e["state"], states(e["records"].values()), states(e["sources"]))
+        [e["item"], Path(e["folder"]).name, e["state"], states(e["records"].values()), states(e["sources"])]
+        + [e.get("run", "-")] * several
         for e in entries
     ]
-    return table(rows, ("clip", "predictions", "state", "features", "source files")) if rows else "no predictions"
+    header = ["clip", "predictions", "state", "features", "source files"] + ["run"] * several
+    return table(rows, header) if rows else "no predictions"
 
 
 def prediction_lines(entry: dict[str, Any], *, whole: bool) -> Iterator[str]:
     """One prediction: what has changed, its records and its source files."""
     yield ""
-    made = f", made {entry['made']} by vaflow {entry['vaflow']}" if "made" in entry else ""
+    made = f", made {entry['made']} by vaflow {entry['vaflow']} with {entry['run']}" if "made" in entry else ""
     yield f"{entry['csv']}{made}: {entry['state']}"
     for part in ("csv", "weights", "settings"):
         if entry.get(f"{part}_state", "same") != "same":

@@ -184,7 +184,7 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
 
 def _in_folder(folder: Path, split: str, sources: Mapping[str, Any]) -> Iterator[PredictedClip]:
     items = _mapping(sources.get("items"))
-    unlisted = []
+    unlisted: list[str] = []
     for csv in sorted(folder.rglob("*.csv")):
         item = csv.relative_to(folder).as_posix().removesuffix(".csv")
         if is_prediction_table(csv):
@@ -193,6 +193,18 @@ def _in_folder(folder: Path, split: str, sources: Mapping[str, Any]) -> Iterator
     if items and unlisted:
         problem = "another run, or an earlier version of this one, predicted them"
         log.warning("%s does not list %s: %s", folder / SOURCES, examples(unlisted), problem)
+    if others := _of_other_runs(sources):
+        log.warning("%s: another run, or other weights, predicted %s", folder / SOURCES, examples(others))
+
+
+def _of_other_runs(sources: Mapping[str, Any]) -> list[str]:
+    """Clips of a `sources.json` that another run made than the latest ones, or the same run with other weights."""
+    makers = sources.get("earlier")
+    names = ("run", "settings", "weights")
+    makers = [_mapping(maker) for maker in makers] if isinstance(makers, list) else []
+    other = [k for k, maker in enumerate(makers) if any(maker.get(name) != sources.get(name) for name in names)]
+    items = _mapping(sources.get("items")).items()
+    return [item for item, facts in items if _mapping(facts).get("earlier") in other]
 
 
 def is_prediction_table(path: Path) -> bool:
