@@ -21,6 +21,7 @@ from vaflow.datasets.labels import USUAL_ROWS
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import command, count, examples
 from vaflow.extract.doctor.facts import (
+    AUDIO_SLACK,
     OPENED_CROPS,
     CropFacts,
     LabelFacts,
@@ -146,8 +147,12 @@ def _audio_findings(clip: Clip, facts: MediaFacts) -> list[Note]:
     if facts.audio == "silent":
         remedy = "Silence counts as valid audio; check the file if it should be audible"
         return [Note("note", "audio-silent", clip.id, "The audio is digital silence from start to end", remedy)]
+    start, end = facts.audio_span or (0.0, 0.0)
+    if clip.video not in (None, clip.audio) and end - facts.duration > AUDIO_SLACK:
+        message = f"The separate audio file ends at {end:.2f} s, the video at {facts.duration:.2f} s"
+        remedy = "The rest is not used; check that both files are of the same recording"
+        return [Note("note", "audio-outlasts", clip.id, message, remedy)]
     if facts.audio == "partial" and facts.audio_span is not None:
-        start, end = facts.audio_span
         message = f"Audio from {start:.2f} to {end:.2f} s, the video ends at {facts.duration:.2f} s"
         return [Note("note", "audio-partial", clip.id, message, "The rest is marked as missing audio")]
     return []

@@ -11,8 +11,8 @@ from make_media import AudioTrack, VideoTrack, tones, write_media
 
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
-from vaflow.datasets import Note, open_dataset
-from vaflow.extract.doctor.check import SAMPLE, Report, check_dataset, document, same_content
+from vaflow.datasets import Clip, Note, open_dataset
+from vaflow.extract.doctor.check import SAMPLE, Report, check_clip, check_dataset, document, same_content
 from vaflow.extract.doctor.facts import BINS, CELLS, coverage, crop_facts, label_stats
 from vaflow.extract.doctor.findings import COSTS, constant_scores, shift_loss
 from vaflow.extract.source_identity import file_identity
@@ -60,6 +60,17 @@ def test_audio_after_a_long_silence_is_complete(tmp_path: Path) -> None:
     samples = np.concatenate([np.zeros((1, 60000)), tones(0.24, 44100)], axis=1)
     media = one(tmp_path, audio_track=AudioTrack(samples)).checked[0].media
     assert media is not None and media.audio == "whole"
+
+
+@pytest.mark.parametrize(("seconds", "codes"), [(1.7, []), (4, ["audio-outlasts"]), (0.5, ["audio-partial"])])
+def test_a_separate_audio_file_of_another_length_is_noted(tmp_path: Path, seconds: float, codes: list[str]) -> None:
+    video = write_media(tmp_path / "clip.mp4", VideoTrack(EVEN), None)
+    audio = write_media(tmp_path / "clip.wav", None, AudioTrack(tones(seconds, 44100)))
+    findings = check_clip(Clip("clip", None, "clip", video, audio)).findings
+    notes = [note for note in findings if "audio" in note.code]
+    assert [note.code for note in notes] == codes
+    if seconds == 4:
+        assert "The separate audio file ends at 4.02 s, the video at 1.60 s" in notes[0].message
 
 
 def test_undecodable_audio_is_a_warning(tmp_path: Path) -> None:
