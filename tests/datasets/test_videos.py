@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vaflow.datasets import LAYOUTS, Dataset, log_left_out, open_dataset, read_annotation
 from vaflow.datasets import labels as label_files
-from vaflow.datasets.files import read_splits
+from vaflow.datasets.files import LeftOut, read_splits, walk
 from vaflow.datasets.videos import item_ids, read_csv
 from vaflow.errors import DataError, UsageError
 
@@ -230,6 +230,22 @@ def test_a_file_as_root_is_rejected(tmp_path: Path) -> None:
 def test_an_empty_directory_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, ".DS_Store")
     assert "is empty" in refusal(tmp_path)
+
+
+def test_a_directory_with_unusable_names_only_is_rejected_with_the_reason(tmp_path: Path) -> None:
+    message = refusal(touch(tmp_path, "a\\b.mp4"))
+    assert "has no file that can be used" in message and "with a backslash: a\\b.mp4. Rename" in message
+
+
+def test_caches_and_runs_in_the_data_set_are_not_searched(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "c/manifest.json", "c/streams/labels.json", "c/crops/a/x", "d/run/b.csv")
+    touch(tmp_path, "d/run/config.toml", "d/run/clips.json", "config.toml", "clips.json")
+    dataset = open_dataset(tmp_path)
+    assert ids(dataset) == ["a"] and codes(dataset) == ["outputs", "ignored-files"]
+    assert dataset.notes[0].message == "Caches and runs in the data set are not searched: c, d/run"
+    left_out = LeftOut(tmp_path)
+    assert [folder.name for folder, _ in walk(tmp_path, left_out)] == [tmp_path.name, "d"]
+    assert left_out.outputs == ["c", "d/run"]
 
 
 def test_no_layout_fits(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vaflow.datasets import afew_va, affwild2, recordings, videos
 from vaflow.datasets.clip import SPLITS, Annotation, Clip, Dataset, Layout, Note
-from vaflow.datasets.files import entries, listing
+from vaflow.datasets.files import LeftOut, entries, listing, other_directory
 from vaflow.datasets.labels import DimensionLabels, merge_dimensions
 from vaflow.errors import UsageError, explain
 
@@ -80,7 +80,7 @@ def open_dataset(root: str | Path, layout: str = AUTO) -> Dataset:
     if layout == AUTO or not LAYOUTS[layout].detect(folder):
         fitting = next((name for name in LAYOUTS if LAYOUTS[name].detect(folder)), "")
         if layout != AUTO or not fitting:
-            if kind := _other_directory(folder):
+            if kind := other_directory(folder):
                 raise UsageError(explain(f"{folder} is {kind}", expected="the folder of a data set: videos and labels"))
             if layout == AUTO:
                 problem, expected = f"No layout fits {folder}", _all_look_for()
@@ -113,16 +113,14 @@ def _require_files(root: Path) -> None:
         remedy = f"Name the folder: {root.parent}"
         problem = "The data set is not a folder"
         raise UsageError(explain(problem, expected="a folder", got=f"the file {root}", remedy=remedy))
-    if not entries(root):
+    left_out = LeftOut(root)
+    if not entries(root, left_out):
+        if notes := left_out.notes():
+            got = "; ".join(note.message for note in notes)
+            problem = f"{root} has no file that can be used"
+            raise UsageError(explain(problem, expected=_all_look_for(), got=got, remedy=notes[0].remedy))
         remedy = "Unpack the data set there, or check that it is mounted and that you may read it"
         raise UsageError(explain(f"{root} is empty", expected=_all_look_for(), got="an empty folder", remedy=remedy))
-
-
-def _other_directory(folder: Path) -> str:
-    """The name of what a folder is that another command of this package wrote; else ""."""
-    if (folder / "manifest.json").is_file() and (folder / "streams").is_dir():
-        return "a cache"
-    return "a run directory" if (folder / "config.toml").is_file() and (folder / "clips.json").is_file() else ""
 
 
 def _all_look_for() -> str:

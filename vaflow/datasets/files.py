@@ -50,6 +50,7 @@ class LeftOut:
         unreadable: folders that cannot be listed.
         unusable: dangling or looping links, pipes and devices, names that are not UTF-8 or contain a backslash.
         ignored: files of a kind that the layout does not use.
+        outputs: caches and runs, which are not entered.
     """
 
     root: Path
@@ -57,6 +58,7 @@ class LeftOut:
     unreadable: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
 
     def name(self, path: str | Path) -> str:
         """Return a path for a listing: relative to the root, in printable characters."""
@@ -76,6 +78,9 @@ class LeftOut:
         if self.unusable:
             message = f"Broken links, special files, names not in UTF-8 or with a backslash: {examples(self.unusable)}"
             notes.append(Note("warning", "unusable-name", "", message, "Rename the files, or correct the links"))
+        if self.outputs:
+            message = f"Caches and runs in the data set are not searched: {examples(sorted(self.outputs))}"
+            notes.append(Note("note", "outputs", "", message))
         if self.ignored:
             kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in self.ignored)  # noqa: PTH122
             counts = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(10))
@@ -114,6 +119,13 @@ def is_regular(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def other_directory(folder: Path) -> str:
+    """The name of what a folder is that another command of this package wrote; else ""."""
+    if (folder / "manifest.json").is_file() and (folder / "streams").is_dir():
+        return "a cache"
+    return "a run directory" if (folder / "config.toml").is_file() and (folder / "clips.json").is_file() else ""
+
+
 def walk(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """(folder, its files sorted by name), nearest folders first. Links are followed, each folder is visited once."""
     queue = deque([(root, 0)])
@@ -128,8 +140,12 @@ def walk(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, li
             continue
         visited.add((status.st_dev, status.st_ino))
         inside = entries(folder, left_out)
+        folders = [Path(entry.path) for entry in inside if is_folder(entry)]
+        outputs = [path for path in folders if other_directory(path)]
+        if left_out is not None:
+            left_out.outputs += [left_out.name(path) for path in outputs]
         if level < DEPTH:
-            queue.extend((Path(entry.path), level + 1) for entry in inside if is_folder(entry))
+            queue.extend((path, level + 1) for path in folders if path not in outputs)
         yield folder, [entry for entry in inside if not is_folder(entry)]
 
 

@@ -6,7 +6,8 @@
     ROOT/**/<stem>#K.csv        labels of person K, where all people of a clip are extracted
     ROOT/splits.csv             name, split, and optionally group
 
-Hidden files and folders are skipped. Linked folders are not entered: they may leave the root or lead in circles.
+Hidden files and folders are skipped. Caches and runs are not entered, nor are linked folders: they may leave the root
+or lead in circles.
 Everything else that is not used becomes a note.
 """
 
@@ -27,6 +28,7 @@ from vaflow.datasets.files import (
     is_folder,
     is_regular,
     is_video,
+    other_directory,
     separator_of,
 )
 from vaflow.datasets.labels import TARGETS, LabelFile, split_cells
@@ -114,7 +116,9 @@ def _survey(root: Path, left_out: LeftOut, *, first_only: bool = False) -> _File
         inside: list[str] = []
         for entry in entries(root / folder, left_out):
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if is_folder(entry):
+            if is_folder(entry) and other_directory(root / path):
+                left_out.outputs.append(path)
+            elif is_folder(entry):
                 (left_out.linked if entry.is_symlink() else inside).append(path)
             elif path.lower().endswith(".csv"):
                 if path != SPLITS_FILE:
