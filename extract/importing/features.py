@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
+from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, head, usable
 from vaflow.errors import DataError, UsageError, examples, explain
@@ -98,6 +99,7 @@ class ImportSummary:
         rows: rows of the imported items; `masked` of them hold NaN or infinity and are marked invalid.
         annotated: items of the import that have labels in the cache, with `label_rows` rows.
         label_problems: code of `vaflow.datasets.labels.clock_problem` -> items whose labels were committed.
+        absent: items of the stream that have no feature file in the folder.
         failures: items that failed, with their reasons; `failures_file` lists them.
     """
 
@@ -111,6 +113,7 @@ class ImportSummary:
     annotated: int = 0
     label_rows: int = 0
     label_problems: dict[str, list[str]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | str = Path()
 
@@ -172,6 +175,8 @@ def import_features(
         cache.refresh_index()
     if (rest := len(failures.failures) - SHOWN) > 0:
         log.warning("... and %d more failures, listed in %s", rest, failures.path)
+    if config.stream in cache.streams():
+        summary.absent = sorted(set(cache.items(stream=config.stream)) - {file.item for file in files})
     for file in files:
         meta = cache.meta(file.item) if cache.has(LABELS, file.item) else {}
         summary.annotated += bool(meta.get("targets"))
@@ -352,7 +357,8 @@ def _survey(
         if np.abs(ends).max(initial=0.0) > most:
             beyond[item] = float(np.abs(ends).max())
     if beyond:
-        command = f"vaflow cache import {out}-float32 --stream {config.stream} --kind {config.kind} --from {folder}"
+        place = f"{shown_place(out)}-float32"
+        command = f"vaflow cache import {place} --stream {config.stream} --kind {config.kind} --from {folder}"
         command += "" if config.rate is None else f" --rate {config.rate:g}"
         problem = f"{config.dtype} cannot hold the features of {examples(list(beyond))}"
         expected = f"numbers up to {most:g}; nothing was written"

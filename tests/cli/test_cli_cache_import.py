@@ -114,3 +114,12 @@ def test_labels_that_may_not_belong_to_the_features_are_a_warning(
     assert b == "The labels continue after the features: b"
     assert c.endswith("(--columns ignore=frame uses time): c")
     assert run(data, capsys, "--rate", "25", *labels(data), "--label-rate", "150")[2] == f"{b}\n"
+
+
+def test_items_without_a_feature_file_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(data, capsys, "--rate", "25")[0] == 0
+    (data / "f" / "b.npy").unlink()
+    code, _, err = run(data, capsys, "--rate", "25")
+    assert code == 0 and f"1 item of stream 'mine' has no feature file in {data / 'f'}: b" in err
+    assert f"To remove items from every stream of the cache: vaflow cache drop {data / 'cache'} b" in err
+    assert json.loads(run(data, capsys, "--rate", "25", "--json")[1])["absent"] == ["b"]

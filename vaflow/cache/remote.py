@@ -42,6 +42,11 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     return f"{match[1]}://{match[2].rstrip('/')}"
 
 
+def shown_place(path: str | os.PathLike[str]) -> str:
+    """A path or URL of a cache as it was typed, for messages and commands: `Path` merges the slashes of a URL."""
+    return url_of(path) or os.fspath(path)
+
+
 def refuse_other_urls(path: str | os.PathLike[str]) -> None:
     """Check that a path is not a URL of another scheme, which would become a folder of this name.
 

@@ -79,6 +79,7 @@ def verify(output: Output, cache: CachePath) -> int:
     from vaflow.cache import open_cache
     from vaflow.cache.maintenance import leftovers
     from vaflow.cache.maintenance import verify as find_problems
+    from vaflow.cache.remote import shown_place
 
     opened = open_cache(cache)
     with _bar("verify", _count_items(opened), output) as bar:
@@ -95,8 +96,8 @@ def verify(output: Output, cache: CachePath) -> int:
         echo(visible(f"  {note}"), err=True)
     if problems:
         packed = opened.store == "packed"
-        remedy = "Pack again: " + command("cache", "pack", "CACHE", cache)
-        remedy = remedy if packed else "Repair with: " + command("cache", "repair", cache)
+        remedy = "Pack again: " + command("cache", "pack", "CACHE", shown_place(cache))
+        remedy = remedy if packed else "Repair with: " + command("cache", "repair", shown_place(cache))
         echo(visible(f"{count(len(problems), 'problem')}. {remedy}"), err=True)
         return FAILED
     if not output.quiet:

@@ -1,5 +1,6 @@
 """`vaflow cache import`, `targets`, `prompts` and `people`: streams of other programs, prompts, other people."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,11 +18,13 @@ from vaflow.cli.common import (
     weight_pairs,
 )
 from vaflow.cli.options import CachePath, Device, NewCache, Store, Weights, option, variant
-from vaflow.errors import UsageError, command, count, explain, visible
+from vaflow.errors import UsageError, command, count, examples, explain, visible
 
 if TYPE_CHECKING:
     from vaflow.extract.streams import AddedPrompts, ListedSet
 
+LISTED = 10  # items that a message names
+log = logging.getLogger(__name__)
 LABEL_PROBLEMS = {
     "labels-outlast": "The labels continue after the features",
     "row-count": "The number of label rows does not fit the rows of the features; if labels count video frames, give "
@@ -85,6 +88,7 @@ def import_(
     """
     from tqdm import tqdm
 
+    from vaflow.cache.remote import shown_place
     from vaflow.extract.importing.feature_files import Columns
     from vaflow.extract.importing.features import ImportConfig, import_features
 
@@ -92,6 +96,12 @@ def import_(
     with tqdm(unit="item", desc="import", disable=not output.bars) as bar:
         summary = import_features(cache, folder, config, labels=labels, store=store, progress=bar.update)
     warn_of_labels(summary.label_problems, LABEL_PROBLEMS)
+    if summary.absent:
+        verb = "has" if len(summary.absent) == 1 else "have"
+        items = f"{count(len(summary.absent), 'item')} of stream {stream!r} {verb} no feature file in {folder}"
+        log.warning("%s: %s", items, examples(summary.absent, LISTED))
+        drop = command("cache", "drop", shown_place(cache), *summary.absent[:LISTED])
+        log.warning("To remove items from every stream of the cache: %s", drop)
     if output.json:
         print_json({"stream": stream} | summary_json(summary))
     elif not output.quiet:
@@ -150,6 +160,7 @@ def prompts(
     Example: vaflow cache prompts cache --prompts plain.toml
     """
     from vaflow.cache import open_cache
+    from vaflow.cache.remote import shown_place
     from vaflow.extract.streams import add_prompts, list_prompts
 
     added = None
@@ -162,7 +173,7 @@ def prompts(
         raise UsageError(explain(problem, expected="--prompts FILE beside them", got="no --prompts"))
     listed = list_prompts(open_cache(cache))
     if output.json:
-        document: dict[str, Any] = {"cache": str(cache), "sets": [asdict(one) for one in listed]}
+        document: dict[str, Any] = {"cache": shown_place(cache), "sets": [asdict(one) for one in listed]}
         print_json(document if added is None else document | {"added": asdict(added)})
     elif not output.quiet:
         typer.echo(_prompts_text(listed, added, cache, output.verbose))  # not wrapped: with -v it is TOML
@@ -171,6 +182,7 @@ def prompts(
 
 def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache: Path, verbose: bool) -> str:
     """What was embedded, and the table of sets; with `verbose`, as comments above the sets as files for --prompts."""
+    from vaflow.cache.remote import shown_place
     from vaflow.encoders.prompts import as_toml
 
     lines = []
@@ -178,7 +190,8 @@ def _prompts_text(listed: "list[ListedSet]", added: "AddedPrompts | None", cache
         lines += [f"{added.name!r} embedded: {stream}" for stream in added.new]
         lines += [f"{added.name!r} embedded, replacing other prompts: {stream}" for stream in added.replaced]
         lines += [f"{added.name!r} is up to date: {stream}" for stream in added.unchanged]
-        lines += [f"Train with it: {command('train', cache, '--out', 'RUN', '--set', f'prompts={added.name}')}", ""]
+        train = command("train", shown_place(cache), "--out", "RUN", "--set", f"prompts={added.name}")
+        lines += [f"Train with it: {train}", ""]
     rows = [(one.stream, one.name, len(one.templates), one.created) for one in listed]
     lines += (table(rows, ("stream", "set", "templates", "created")) if rows else "no prompt sets").splitlines()
     if verbose:
@@ -221,6 +234,7 @@ def people(
     chosen = Choices(person, read_choices(choices) if choices is not None else {})
     options: dict[str, Any] = {"weights": weight_pairs(weights or []), "device": device, "workers": workers}
     from vaflow.cache import open_cache
+    from vaflow.cache.remote import shown_place
     from vaflow.extract.people_from_cache import choose_people
 
     encoded, copied = choose_people(open_cache(cache), out, chosen, options, store=store, show_progress=output.bars)
@@ -229,5 +243,5 @@ def people(
         print_json({**summary_json(copied), "clips": clips, "encoded": encoded.encoded})
     elif not output.quiet:
         parts = f"{count(encoded.extracted, 'clip')} encoded from stored crops, {encoded.done} copied or up to date"
-        echo(visible(f"{out}: {parts}"))
+        echo(visible(f"{shown_place(out)}: {parts}"))
     return report_failures(copied, clips)
