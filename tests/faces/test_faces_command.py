@@ -74,6 +74,15 @@ def test_the_page_counts_the_seconds_of_faces_that_are_seldom_found(extracted: P
     assert [len(person.spans) for person in card.people] == [3, 3]
 
 
+def test_the_page_shows_no_seconds_after_the_end_of_the_clip(extracted: Path) -> None:
+    cached = next(cached_faces(open_cache(extracted), ["pair <b>"]))
+    assert cached.duration == pytest.approx(4)
+    card = clip_card(replace(cached, duration=3.75))
+    assert card.duration == 3.75
+    assert all((person.seconds, person.clear) <= (3.75, 3.75) for person in card.people)
+    assert all(person.spans[-1][1] == 3.75 for person in card.people)
+
+
 def test_pixels_without_their_optional_frame_numbers_give_a_page_without_crops(extracted: Path, tmp_path: Path) -> None:
     faces = dict(open_cache(extracted).read(FACES, "pair <b>").arrays)
     cache = create_cache(tmp_path / "cache")

@@ -6,6 +6,7 @@ if `--media` names their folder.
 
 import csv
 import logging
+import math
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from PIL import Image as Images
 from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
-from vaflow.cache.remote import url_of
+from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
 from vaflow.datasets.files import head
@@ -55,6 +56,7 @@ class FacesOfClip:
         items: number of a person -> the item with features of that person.
         step: seconds between two sampled frames; 0 if unknown.
         video: the file, if it was found.
+        duration: seconds of the clip; infinite if unknown.
     """
 
     clip: str
@@ -64,6 +66,7 @@ class FacesOfClip:
     step: float
     crops: Jpegs = ()
     video: Path | None = None
+    duration: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,13 @@ def cached_faces(cache: Cache, items: Sequence[str]) -> Iterator[FacesOfClip]:
             crops = [image_of.get(frame, b"") for frame in faces["frame"].tolist()]
         chosen = {number: name for number, name in numbered.items() if number}
         seconds = sum(cache.record(FACES, item).meta.get("seconds", ()))  # of every face
-        yield FacesOfClip(clip, item, faces, chosen, seconds / max(len(faces["time"]), 1), crops)
+        step = seconds / max(len(faces["time"]), 1)
+        duration = cache.meta(item).get("duration") if cache.has(LABELS, item) else None
+        yield FacesOfClip(clip, item, faces, chosen, step, crops, duration=duration or math.inf)
 
 
-def detected_faces(video: Path, network: str, grid: Grid) -> tuple[Arrays, float]:
-    """The arrays of the faces stream of a video, detected now, and the seconds between two sampled frames.
+def detected_faces(video: Path, network: str, grid: Grid) -> tuple[Arrays, float, float]:
+    """The arrays of a video's faces, detected now; the seconds between two sampled frames, and of the video.
 
     Raises:
         MediaError: the video cannot be read.
@@ -143,7 +148,7 @@ def detected_faces(video: Path, network: str, grid: Grid) -> tuple[Arrays, float
         for number, image in frames_at(video, sampled_frames, times):
             faces.add(number, float(times[number]), image, detector.detect(image))
         people = faces.people()
-        return dict(people.arrays()), people.step
+        return dict(people.arrays()), people.step, float(times[-1]) + median_interval(times)
 
 
 def clip_card(clip: FacesOfClip) -> ClipCard:
@@ -162,7 +167,7 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
         crops = {row: _data_url(clip.crops[row]) for row in rows if clip.crops[row]}
     else:
         crops = _crops(faces, rows, clip.video) if clip.video else {}
-    duration = float(instants[-1]) + step if len(instants) else 0.0
+    duration = min(float(instants[-1]) + step, clip.duration) if len(instants) else 0.0
     people = []
     for number in numbers:
         mine = faces["person"] == number
@@ -175,12 +180,13 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
         )
         breaks = np.flatnonzero(np.diff(times) > 1.5 * step)
         starts, ends = np.r_[times[0], times[breaks + 1]], np.r_[times[breaks], times[-1]] + step
+        ends = np.minimum(ends, duration)
         medians = {name: float(np.median(faces[name][mine])) for name in ("size", "sharpness", "yaw")}
         people.append(
             PersonCard(
                 number,
-                len(times) * step,
-                int((clear & mine).sum()) * step,
+                min(len(times) * step, duration),
+                min(int((clear & mine).sum()) * step, duration),
                 len(np.unique(faces["track"][mine])),
                 tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
                 **medians,
@@ -285,7 +291,7 @@ def write_people(
         log.warning("No crops of %s (%s): %s", count(len(bare), "clip"), examples(bare), reason)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = PeoplePage(tuple(clips), out.parent / TABLE, tuple(unreadable))
-    cache = (url_of(path) or str(path)) if is_cache(path) else ""
+    cache = shown_place(path) if is_cache(path) else ""
     write_file(out, render("faces.html", name=path.name, clips=clips, table=TABLE, cache=cache))
     write_file(page.table, faces_csv(tables))
     return page
@@ -309,9 +315,9 @@ def _of_videos(path: Path, network: str, unreadable: list[str]) -> Iterator[Face
         raise UsageError(explain(f"{path} holds no video", expected="a cache, a video, or a directory of videos"))
     for video in videos:
         try:
-            faces, step = detected_faces(video, network, Grid())
+            faces, step, duration = detected_faces(video, network, Grid())
         except (MediaError, OSError) as error:
             log.warning("%s: %s", video.name, error)
             unreadable.append(video.name)
             continue
-        yield FacesOfClip(video.stem, "", faces, {}, step, video=video)
+        yield FacesOfClip(video.stem, "", faces, {}, step, video=video, duration=duration)
