@@ -5,6 +5,7 @@ are computed from the stored crops by the loop of an extraction.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from vaflow.cache.opening import PathLike
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
 from vaflow.datasets.clip import Clip
 from vaflow.device import choose_device
-from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.config import ExtractConfig, default_workers
 from vaflow.extract.decoding_pool import StoredPerson
 from vaflow.extract.faces.choice import (
@@ -101,7 +102,8 @@ class ChosenItems:
     """Items of the new cache, from the clips of the old one.
 
     Raises:
-        UsageError: the cache has no crops of everyone, or the choice names a clip or person that it does not have.
+        UsageError: the cache has no crops of everyone, the choice names a clip or person that it does not have, or two
+            items would have one name.
     """
 
     def __init__(self, source: Cache, choices: Choices) -> None:
@@ -134,6 +136,10 @@ class ChosenItems:
             except MediaError as error:
                 split = {"split": source.meta(clip.origin).get("split")}
                 self.failures.append(Failure(clip.name, STAGE, type(error).__name__, str(error), split))
+        if twice := [item for item, times in Counter(one.item for one in self.items).items() if times > 1]:
+            problem = "Clips have the names of people of other clips"
+            remedy = "Rename these clips and extract them again, or remove them: vaflow cache drop"
+            raise UsageError(explain(problem, expected="a name for one item", got=examples(twice), remedy=remedy))
 
     def infos(self) -> dict[str, StreamInfo]:
         """Every stream of the new cache by name."""

@@ -9,7 +9,7 @@ from vaflow.datasets import Dataset
 from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.extract.config import ExtractConfig, Shard, default_workers
-from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary, carry_out
+from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary, carry_out, check_items
 from vaflow.extract.streams import prepare
 from vaflow.extract.video import require_nvdec
 from vaflow.process import check_engine, exit_if_script_runs_again
@@ -38,13 +38,15 @@ def extract(
         ray_address: of the cluster, as `ray.init` takes it.
 
     Raises:
-        UsageError: a name or path is wrong, or Ray is not installed or cannot be reached.
+        UsageError: a name or path is wrong, two clips would write the same item, or Ray is not installed or cannot be
+            reached.
         FingerprintError: a stream in the cache was made with other settings.
         WeightsError: weights are missing or do not fit.
         CacheError: the cache cannot be written to any more (a full disk, say); what was committed stays.
     """
     exit_if_script_runs_again()
     check_engine(engine, ray_address)
+    check_items(dataset.clips, config.person, config.face_source)
     options: dict[str, Any] = {"store": store, "shard": shard, "rehash": rehash, "show_progress": show_progress}
     if engine == "ray":
         from vaflow.extract.ray_engine import extract_on_ray

@@ -17,7 +17,7 @@ from vaflow.cache.json_documents import source_stamp
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
-from vaflow.errors import MediaError, UsageError, count, explain
+from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.audio import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.decoding_pool import Failed, StoredPerson, each
@@ -107,6 +107,23 @@ def is_divided(clip: Clip, face_source: str) -> bool:
     """Whether `--person all` makes an item of every person of a clip: its faces are detected, and it has no side."""
     has_crops = bool(clip.crops) and face_source != "centerface"
     return (clip.video is not None or clip.frames is not None) and not clip.side and not has_crops
+
+
+def check_items(clips: Iterable[Clip], person: str, face_source: str) -> None:
+    """Check that no clip has the name of a person of another clip, as `talk#2` beside `talk` with `--person all`.
+
+    Raises:
+        UsageError: both would write the same item.
+    """
+    clips = list(clips) if person == ALL else []
+    divided = {clip.id for clip in clips if is_divided(clip, face_source)}
+    numbered = [(clip.id, clip_and_person(clip.id)[0]) for clip in clips if clip.id not in divided]
+    taken = [(item, source) for item, source in numbered if source != item and source in divided]
+    if taken:
+        problem = "With --person all, clips have the names of people of other clips"
+        got = examples([f"{item!r}, a person of {source!r} and a clip" for item, source in taken])
+        remedy = "Rename these clips, or extract them into a cache of their own"
+        raise UsageError(explain(problem, expected="a name for one item only", got=got, remedy=remedy))
 
 
 def longest_first(tasks: Iterable[PendingClip], seconds: Mapping[str, float]) -> list[PendingClip]:

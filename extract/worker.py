@@ -12,10 +12,10 @@ import numpy as np
 from vaflow.cache import open_cache
 from vaflow.cache.schema import CROPS, FACES
 from vaflow.datasets import read_annotation
-from vaflow.datasets.clip import Annotation
+from vaflow.datasets.clip import Annotation, Clip
 from vaflow.datasets.labels import clock_problem, on_clock, require_times
 from vaflow.encoders.logmel import frame_count
-from vaflow.errors import MediaError, VaflowError, explain
+from vaflow.errors import CorruptError, DataError, MediaError, VaflowError, count, explain
 from vaflow.extract.audio import AudioSummary, Blocks, SpeechMeter, covered_frames, decode_audio, pass_on, stored_speech
 from vaflow.extract.container import audio_clock, frame_times
 from vaflow.extract.decoding_pool import (
@@ -50,6 +50,8 @@ open_once = cache(open_cache)  # one instance per process
 Frames = Iterator[tuple[int, Image]]  # frame number, RGB image
 Crops = Iterator[tuple[int, int, bytes]]  # number of the person, frame number, JPEG
 Images = Iterator[tuple[int, int, bytes, Image]]  # person, grid sample, JPEG to store, the image that it decodes to
+
+LISTED = 3  # label files whose problems a message states
 
 
 def _nobody_to_ask(job: int, images: Sequence[Image]) -> Sequence[Cells]:
@@ -125,7 +127,7 @@ class ClipReader:
     def _send_clock(self, sources: dict[str, Any]) -> None:
         clip, video = self._clip, self._info.video
         everyone = self._job.person == ALL
-        annotation = read_annotation(clip, person=1 if everyone else 0)
+        annotation, others = _annotations(clip, everyone=everyone)
         facts: dict[str, Any] = {
             "split": clip.split,
             "group": clip.group,
@@ -143,8 +145,6 @@ class ClipReader:
             require_times(clip.id, annotation)
             times = times[:0]  # labels of an audio file keep their own times
         labels = on_clock(annotation, times)
-        numbers = [number for number, _ in clip.person_labels if number > 1] if everyone else []
-        others = {number: read_annotation(clip, number) for number in numbers}
         people = {k: (on_clock(one, times), _annotation_facts(one)) for k, one in others.items()}
         problem = next(filter(None, (clock_problem(one, self._times) for one in (annotation, *others.values()))), "")
         self._send(Clock(self._job.number, labels, self._duration, sources, facts, people, problem))
@@ -290,6 +290,27 @@ class ClipReader:
             self._facts[IMAGES_DIGEST] = digest.hexdigest()
 
 
+def _annotations(clip: Clip, *, everyone: bool) -> tuple[Annotation | None, dict[int, Annotation | None]]:
+    """The labels of a clip, and by number those of its further people; with `everyone`, the first are of person 1.
+
+    Raises:
+        DataError: with the problems of up to three files, and how many more cannot be used.
+    """
+    first = 1 if everyone else 0
+    numbers = [first, *(number for number, _ in clip.person_labels if number > 1 and everyone)]
+    found: dict[int, Annotation | None] = {}
+    problems = []
+    for number in numbers:
+        try:
+            found[number] = read_annotation(clip, number)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        rest = len(problems) - LISTED
+        raise DataError(" ".join([*problems[:LISTED], *([f"And {count(rest, 'more file')}."] if rest > 0 else [])]))
+    return found.pop(first), found
+
+
 def _annotation_facts(annotation: Annotation | None) -> dict[str, Any]:
     if annotation is None:
         return {"rows": 0, "targets": []}
@@ -317,11 +338,16 @@ class StoredReader:
             remedy = "To add them, repeat its extraction without --chosen-only"
             raise MediaError(explain(f"{stored.cache} has no crops of the people of {stored.item!r}", remedy=remedy))
         duration = float(source.meta(stored.item)["duration"])
-        self._send(Clock(job.number, {}, duration, source.record(stored.stream, stored.item).source))
         frame = source.read(stored.stream, stored.item, ["frame"]).frame
+        samples = job.grid.sample_ticks(duration).size
+        if frame.size != samples:
+            problem = f"{stored.cache}: the duration of {stored.item!r} does not fit its stream {stored.stream!r}"
+            remedy = "Extract the video of this clip again"
+            raise CorruptError(explain(problem, expected=f"{samples} samples", got=frame.size, remedy=remedy))
+        self._send(Clock(job.number, {}, duration, source.record(stored.stream, stored.item).source))
         faces = source.read(FACES, stored.item, ["frame", "person"])
         images = source.read(CROPS, stored.item).images
-        count = 0
+        faces_sent = 0
         for row in np.flatnonzero(faces.person == stored.person).tolist():
             beat()
             if not images[row]:
@@ -330,5 +356,5 @@ class StoredReader:
             prepared = {preparation: preparation(image) for preparation in job.preparations}
             for sample in np.flatnonzero(frame == faces.frame[row]).tolist():
                 self._send(Face(job.number, sample, prepared, images[row] if job.keep_jpeg else None))
-                count += 1
-        self._send(FacesEnd(job.number, frame, stored.facts | {"samples": int(frame.size), "faces": count}))
+                faces_sent += 1
+        self._send(FacesEnd(job.number, frame, stored.facts | {"samples": int(frame.size), "faces": faces_sent}))

@@ -204,6 +204,18 @@ def test_clips_removed_from_the_dataset_are_listed(
     assert json.loads(capsys.readouterr().out)["absent"] == ["a"]
 
 
+def test_urls_in_commands_keep_both_slashes(one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"memory://{tmp_path.name}/cache"
+    base = ["extract", str(one_clip), "--out", url, "--visual", "none", "--audio", "none"]
+    assert main(base) == 0
+    (one_clip / "a.mp4").rename(one_clip / "renamed.mp4")
+    capsys.readouterr()
+    assert main(base) == 0
+    error = capsys.readouterr().err
+    assert f"1 clip of {url} is not in {one_clip}: a" in error
+    assert f"vaflow cache drop {url} --absent {one_clip}" in error
+
+
 def test_a_rerun_without_work_prints_no_speed(
     one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

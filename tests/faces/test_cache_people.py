@@ -13,6 +13,7 @@ from composites import cut, in_a_row, one_after_another, write
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.maintenance import verify
 from vaflow.cli import main
+from vaflow.failures import read_failures
 
 OPTIONS = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--workers", "1", "--pixels", "-q"]
 SECONDS = 3
@@ -185,6 +186,28 @@ def test_a_clip_with_damaged_crops_fails_alone(folder: Path, tmp_path: Path) -> 
     assert main(["cache", "people", str(tmp_path / "cache"), str(tmp_path / "out"), *options]) == 3
     assert "pair#2" in failed(tmp_path / "out")
     assert {"solo#1", "empty#1"} <= set(open_cache(tmp_path / "out").items())
+
+
+def test_a_duration_that_does_not_fit_the_features_fails_its_clip(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "main.fresh", tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache", writable=True)
+    record, arrays = cache.committed("labels", "pair")
+    cache.write("labels", "pair", dict(arrays), source=record.source, meta=record.meta | {"duration": 1.0})
+    assert people(tmp_path, "cache", "out", "--person", "all") == 3
+    (failure,) = read_failures(tmp_path / "out")
+    assert (failure.item, failure.error) == ("pair#2", "CorruptError")
+    assert "the duration of 'pair' does not fit its stream 'clip-tiny'" in failure.message
+
+
+def test_a_clip_with_the_name_of_a_person_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "main.fresh", tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache", writable=True)
+    record, arrays = cache.committed("labels", "speech")
+    cache.write("labels", "pair#2", dict(arrays), source=record.source, meta=record.meta)
+    assert people(tmp_path, "cache", "out", "--person", "all") == 2
+    assert "names of people of other clips. Expected: a name for one item. Got: pair#2" in capsys.readouterr().err
 
 
 def test_a_cache_of_the_chosen_people_only_has_no_images_of_others(

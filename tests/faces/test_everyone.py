@@ -18,8 +18,9 @@ from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.pipeline import extract_with
-from vaflow.extract.plan import Summary, is_divided
+from vaflow.extract.pipeline import extract, extract_with
+from vaflow.extract.plan import Summary, check_items, is_divided
+from vaflow.failures import read_failures
 from vaflow.item_names import clip_and_person
 from vaflow.predict import items_of
 
@@ -159,6 +160,17 @@ def test_labels_of_a_person_whom_the_clip_does_not_show_are_named(
     assert "pair: 2 people found; labels not used: pair#7.csv" in caplog.text
 
 
+def test_all_unusable_label_files_of_a_clip_are_named(data: Path, tmp_path: Path) -> None:
+    shutil.copy(data / "pair.mp4", tmp_path)
+    for number in range(1, 6):
+        (tmp_path / f"pair#{number}.csv").write_text("bad\n")
+    arguments = [str(tmp_path), "--out", str(tmp_path / "cache"), "--person", "all", "--visual", "clip-tiny", "-q"]
+    assert main(["extract", *arguments, "--audio", "none", "--device", "cpu"]) == 1
+    message = read_failures(tmp_path / "cache")[0].message
+    assert [f"pair#{number}.csv cannot be used" in message for number in range(1, 6)] == [True] * 3 + [False] * 2
+    assert message.endswith("And 2 more files.")
+
+
 @pytest.mark.parametrize("person", ["main", "left", "largest"])
 def test_new_streams_of_another_choice_are_rejected(
     person: str, extracted: tuple[Path, Summary], data: Path, tiny_clip: VisualEncoder, tiny_ast: AudioEncoder
@@ -230,3 +242,23 @@ def test_an_items_name_states_clip_and_person(item: str, parts: tuple[str, int])
 def test_person_all_requires_face_detection(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--person all requires faces"):
         replace(CONFIG, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_clip_with_the_name_of_a_person_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    for name in ("talk.mp4", "talk#2.wav", "other#2.wav"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    arguments = [str(tmp_path / "data"), "--out", str(tmp_path / "cache"), "--person", "all", "--visual", "clip-tiny"]
+    assert main(["extract", *arguments, *more]) == 2
+    assert "Got: 'talk#2', a person of 'talk' and a clip. Rename" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UsageError, match="'talk#2'"):
+        extract(open_dataset(tmp_path / "data"), tmp_path / "cache", CONFIG)
+
+
+def test_a_clip_with_the_name_of_a_person_may_be_divided_itself() -> None:
+    names = [Clip(name, None, name, Path(f"{name}.mp4")) for name in ("talk", "talk#2")]
+    check_items(names, "all", "auto")  # talk#1, talk#2 and talk#2#1

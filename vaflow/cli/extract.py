@@ -101,9 +101,11 @@ def extract(
     whole = dataset = open_dataset(root, layout)
     log_left_out(dataset, (PERSON_LABELS,) if config.person == ALL else ())
     _check_files(out, store, config.prompts)
-    if retry_failed:
-        from vaflow.extract.plan import only_failed
+    if config.person == ALL or retry_failed:
+        from vaflow.extract.plan import check_items, only_failed
 
+        check_items(whole.clips, config.person, config.face_source)
+    if retry_failed:
         dataset = only_failed(dataset, out)
     if dry_run:
         from vaflow.extract.estimate import estimate
@@ -164,12 +166,14 @@ def _print_estimate(facts: dict[str, Any], output: Output) -> None:
 def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> list[str]:
     """Return the clips of the cache that the dataset lacks; warn about them, with the command that removes them."""
     from vaflow.cache.maintenance import absent_clips
+    from vaflow.cache.remote import shown_place
 
     absent = list(absent_clips(cache, clips))
     if absent:
-        verb = "is" if len(absent) == 1 else "are"
-        log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), out, verb, root, examples(absent, LISTED))
-        log.warning("To remove clips that are not in the dataset: %s", command("cache", "drop", out, "--absent", root))
+        place, verb = shown_place(out), "is" if len(absent) == 1 else "are"
+        named, drop = examples(absent, LISTED), command("cache", "drop", place, "--absent", root)
+        log.warning("%s of %s %s not in %s: %s", count(len(absent), "clip"), place, verb, root, named)
+        log.warning("To remove clips that are not in the dataset: %s", drop)
     return absent
 
 
@@ -235,11 +239,12 @@ def _describe(summary: "Summary", cache: "Cache") -> str:
 
 def _several_people(clips: int, cache: "Cache", out: Path, root: Path, identity: str) -> str:
     """The line that points to the page of people, which needs the videos if the cache has no crops of everyone."""
+    from vaflow.cache.remote import shown_place
     from vaflow.cache.schema import CROPS
     from vaflow.extract.faces.identity import NONE, REMEDY, resolve
 
     media = () if CROPS in cache.streams() else ("--media", root)
-    show = command("faces", out, *media, "--several")
+    show = command("faces", shown_place(out), *media, "--several")
     verb = "shows" if clips == 1 else "show"
     if resolve(identity) == NONE:
         return f"{count(clips, 'clip')} {verb} several tracks of faces, which only {REMEDY} joins to people: {show}"
