@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.costs import Cost, append_costs
 from vaflow.cache.json_documents import source_stamp
+from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
 from vaflow.datasets.clip import Clip
@@ -242,7 +243,7 @@ def only_failed(dataset: Dataset, cache: Path) -> Dataset:
     failed = {failure.item for failure in read_failures(folder)}
     clips = tuple(clip for clip in dataset.clips if clip.id in failed)
     if not clips:
-        problem = f"No clip of {dataset.root} is listed as failed in {cache}"
+        problem = f"No clip of {dataset.root} is listed as failed in {shown_place(cache)}"
         got = f"{len(failed)} failed items of other data" if failed else "no failed items"
         raise UsageError(explain(problem, expected=f"{LISTS} that names clips of this data set", got=got))
     return replace(dataset, clips=clips)

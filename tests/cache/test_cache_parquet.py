@@ -61,3 +61,13 @@ def test_a_non_empty_directory_is_rejected(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "out" / "mine.txt").touch()
     assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_object_store_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_cache(tmp_path / "cache", "zarr")
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", "export", "cache", "s3://bucket/out"]) == 2
+    assert "s3://bucket/out is on an object store. Expected: a local folder. Export into" in capsys.readouterr().err
+    assert not (tmp_path / "s3:").exists()

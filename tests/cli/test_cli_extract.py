@@ -214,6 +214,8 @@ def test_urls_in_commands_keep_both_slashes(one_clip: Path, tmp_path: Path, caps
     error = capsys.readouterr().err
     assert f"1 clip of {url} is not in {one_clip}: a" in error
     assert f"vaflow cache drop {url} --absent {one_clip}" in error
+    assert main([*base, "--retry-failed"]) == 2
+    assert f"is listed as failed in {url}. Expected" in capsys.readouterr().err
 
 
 def test_a_rerun_without_work_prints_no_speed(

@@ -38,6 +38,7 @@ from vaflow.cache.json_documents import (
 from vaflow.cache.layout import Layout
 from vaflow.cache.opening import PathLike, layout_of
 from vaflow.cache.packed import PackedArray
+from vaflow.cache.remote import url_of
 from vaflow.cache.schema import KINDS, PACKED, Array, Record, StreamInfo
 from vaflow.errors import CacheError, UsageError, command, count, explain, visible
 from vaflow.failures import LISTS
@@ -79,7 +80,7 @@ def pack(
     target = layout_of(out)
     if target.remote is not None:
         remedy = "Pack into a local folder, then upload the folder"
-        raise UsageError(explain(f"{out} is on an object store", expected="a local folder", remedy=remedy))
+        raise UsageError(explain(f"{target.place} is on an object store", expected="a local folder", remedy=remedy))
     if target.root.exists() and not (target.root.is_dir() and not any(target.root.iterdir())):
         remedy = "Choose another folder, or remove this one"
         raise UsageError(explain(f"{out} is not empty", expected="an empty or missing folder", remedy=remedy))
@@ -254,7 +255,7 @@ def export_parquet(cache: Cache, out: Path, step: Callable[[], object] | None = 
         step: called after each clip of each stream.
 
     Raises:
-        UsageError: pyarrow is missing, or `out` is not empty.
+        UsageError: pyarrow is missing, or `out` is not empty or is on an object store.
         CorruptError: an array is damaged.
     """
     try:
@@ -262,6 +263,9 @@ def export_parquet(cache: Cache, out: Path, step: Callable[[], object] | None = 
     except ImportError as error:
         remedy = "From a clone: pip install -e '.[parquet]'"
         raise UsageError(explain("Parquet files require pyarrow", got=error, remedy=remedy)) from error
+    if url := url_of(out):
+        remedy = "Export into a local folder, then upload the folder"
+        raise UsageError(explain(f"{url} is on an object store", expected="a local folder", remedy=remedy))
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder"))
     streams = {name: info for name, info in cache.streams().items() if info.kind not in LEFT_OUT}
