@@ -28,19 +28,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaflow.errors import UsageError, command, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.heads import VAModel
 from vaflow.train.metrics import DIMENSIONS, SCORES
-from vaflow.train.run_folder import CONTEXT, PROTOTYPES, PUBLISHED_CONFIG, RunFolder, load_run, require_record
+from vaflow.train.run_folder import (
+    CONTEXT,
+    PROTOTYPES,
+    PUBLISHED_CONFIG,
+    RunFolder,
+    load_run,
+    named_files,
+    require_record,
+)
 from vaflow.train.run_record import RunRecord
 from vaflow.train.smoothing import FILE as SMOOTHING
 from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 
 OPSET = 17
 PARTS = {VISUAL: ("features", "valid"), AUDIO: ("features", "valid", "inside", "time")}  # inputs per stream
-OPTIONAL = (SMOOTHING, CALIBRATION, TRAINING_FEATURES, "model-*.safetensors", "heads*.onnx", "encoders/**/*")
+ONNX = ("heads.onnx", "heads-fixed.onnx")
 FRAME_INTERVAL = 0.1  # seconds, of the example that is traced
 
 
@@ -56,8 +64,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
     if not folder.metrics_file.is_file():
         remedy = f"Resume it: {command('train', record.cache, '--out', run, '--config', folder.config_file)}"
         raise UsageError(explain(f"The run {run} was interrupted before it finished", remedy=remedy))
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / PUBLISHED_CONFIG).is_file()):
-        raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder, or that of an earlier export"))
+    earlier = _earlier_files(out)
     files = [folder.weights_file, folder.metrics_file, *folder.encoders.glob("**/*")]
     files += [folder.path / name for name in (SMOOTHING, CALIBRATION, TRAINING_FEATURES)]
     if record.config.best == "each":
@@ -73,14 +80,29 @@ def export_run(run: Path, out: Path) -> list[Path]:
         for key, name in (("prototypes", PROTOTYPES), ("context", CONTEXT))
         if name in weights
     }
-    for path in (path for pattern in OPTIONAL for path in out.glob(pattern)):  # of an earlier export
-        if path.is_file() and path.relative_to(out).as_posix() not in named:
-            path.unlink()
+    for name in earlier - named.keys():
+        (out / name).unlink(missing_ok=True)
     for name, path in named.items():
         write_file(out / name, path.read_bytes())
     write_file(out / PUBLISHED_CONFIG, json.dumps(config, indent=2) + "\n")
     write_file(out / "README.md", model_card(folder.path.resolve().name, shared, folder.read_metrics()))
     return [out / name for name in (*named, PUBLISHED_CONFIG, "README.md")]
+
+
+def _earlier_files(out: Path) -> set[str]:
+    """Names of the files that an earlier export wrote into a folder; empty for a new or empty folder.
+
+    Raises:
+        UsageError: the folder holds other files.
+    """
+    try:
+        if (out / PUBLISHED_CONFIG).is_file():
+            return {*named_files(out / PUBLISHED_CONFIG), *ONNX}
+    except CorruptError:
+        pass
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder, or that of an earlier export"))
+    return set()
 
 
 def model_card(name: str, record: RunRecord, metrics: Mapping[str, Any]) -> str:
@@ -223,7 +245,7 @@ def export_onnx(run: Path, out: Path) -> list[Path]:
     steps = {stream.name: stream.steps * max(1, stream.frames_per_step) for stream in loaded.record.streams}
     inputs = _example(heads.streams, loaded.record.config.frames or 1, steps)
     files = []
-    for name, dynamic in (("heads.onnx", True), ("heads-fixed.onnx", False)):
+    for name, dynamic in zip(ONNX, (True, False), strict=True):
         write_file(out / name, onnx_bytes(heads, inputs, dynamic=dynamic))
         files.append(out / name)
     return files

@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -282,13 +282,18 @@ def local_run(run: Path | str) -> Path:
 
     for _ in range(2):  # the second round takes the newest of all files, if the repository changed during the first
         config = download(PUBLISHED_CONFIG)
-        files = _named_files(config)
+        files = named_files(config)
         if all(download(file) == config.parent / file for file in files):
             return config.parent
     raise WeightsError(explain(f"{name} changed while it was downloaded", remedy="Run the same command again"))
 
 
-def _named_files(config: Path) -> Iterable[str]:
+def named_files(config: Path) -> list[str]:
+    """Names of the files that the `config.json` of a published run states.
+
+    Raises:
+        CorruptError: it is not one that `vaflow export` wrote.
+    """
     try:
         document = json.loads(config.read_text("utf-8"))
         files = document["files"]

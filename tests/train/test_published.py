@@ -151,9 +151,13 @@ def test_a_second_export_leaves_nothing_of_the_first(run: Path, cache: Cache, tm
         write_smoothing(run, None)
     (tmp_path / "hub" / "heads.onnx").touch()
     (tmp_path / "hub" / "LICENSE").touch()
+    (tmp_path / "hub" / "encoders").mkdir()
+    (tmp_path / "hub" / "encoders" / "mine.txt").touch()
     assert main(["export", str(run), str(tmp_path / "hub")]) == 0
     named = json.loads((tmp_path / "hub" / "config.json").read_text())["files"]
-    assert {path.name for path in (tmp_path / "hub").iterdir()} == {*named, "config.json", "README.md", "LICENSE"}
+    others = ("config.json", "README.md", "LICENSE", "encoders")
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {*named, *others}
+    assert (tmp_path / "hub" / "encoders" / "mine.txt").is_file()
     expected = predictions(run, cache.path, tmp_path / "run")
     assert predictions(tmp_path / "hub", cache.path, tmp_path / "export") == expected
 
@@ -173,6 +177,14 @@ def test_a_directory_with_other_files_is_not_overwritten(
     (tmp_path / "mine.txt").touch()
     assert main(["export", str(run), str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_directory_with_the_config_of_another_program_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "encoders").mkdir()
+    for name in ("config.json", "encoders/notes.txt"):
+        (tmp_path / name).write_text("{}")
+    assert main(["export", str(run), str(tmp_path), "-q"]) == 2
+    assert {path.name for path in tmp_path.glob("**/*.*")} == {"config.json", "notes.txt"}
 
 
 def test_an_exported_run_needs_the_name_of_a_cache(exported: Path) -> None:
