@@ -1,7 +1,7 @@
 """Evaluation of a finished run on a split of a cache, and the choice of its smoothing."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -98,7 +98,7 @@ def evaluate_run(
     items = [trace.clip.item for trace in traces]
     untrained = [name for name in trained.record.untrained if report["ccc"][name] is not None]
     report["warnings"] += [f"{config.train_split}: {name} is not labelled in this split" for name in untrained]
-    report["warnings"] += data_warnings(run, trained.record, cache, split, items)
+    report["warnings"] += data_warnings({run: trained.record}, cache, split, items)
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
@@ -113,13 +113,17 @@ def evaluate_run(
     return report
 
 
-def data_warnings(run: Path, record: RunRecord, cache: Cache, split: str, items: Sequence[str]) -> list[str]:
-    """Warnings about the clips that a run is scored on: earlier data, recordings that count twice or were trained on.
+def data_warnings(runs: Mapping[Path, RunRecord], cache: Cache, split: str, items: Sequence[str]) -> list[str]:
+    """Warnings about the clips that runs are scored on: earlier data, recordings that count twice or were trained on.
 
     Args:
-        cache: holds the clips `items` of `split`; it need not be the one that the run was trained on.
+        runs: run -> its record. A warning that does not hold for all of them names its run.
+        cache: holds the clips `items` of `split`; it need not be the one that the runs were trained on.
     """
-    return outdated_clips(cache, split, items) + _shared_recordings(run, record, cache, split, items)
+    each = {run: _shared_recordings(run, record, cache, split, items) for run, record in runs.items()}
+    common = [text for text in next(iter(each.values())) if all(text in texts for texts in each.values())]
+    own = [f"{run}: {text}" for run, texts in each.items() for text in texts if text not in common]
+    return outdated_clips(cache, split, items) + common + own
 
 
 def outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
