@@ -91,6 +91,14 @@ def test_weights_files_of_any_name_are_part_of_the_identity(face: tuple[Any, Pat
     assert build(path).identity["weights"] != before["weights"]
 
 
+def test_bytes_like_the_name_of_a_weights_file_are_ignored(face: tuple[Any, Path]) -> None:
+    _, path = face
+    name = b"\n\x08location\x12\xe8\x07" + b"x" * 1000
+    field = b"\xc2\x3e" + bytes([len(name) % 128 + 128, len(name) // 128]) + name  # number 1000, which ONNX has not
+    path.write_bytes(path.read_bytes() + field)
+    assert build(path).identity["weights"]
+
+
 def test_graphs_in_the_format_of_onnxruntime_are_read(face: tuple[Any, Path]) -> None:
     _, path = face
     before, options = build(path), onnxruntime.SessionOptions()

@@ -29,6 +29,7 @@ from vaflow.errors import UsageError, WeightsError, explain
 NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 NUMPY |= {"tensor(int32)": np.int32}
 DATA = (".data", "_data")  # suffixes of files with a graph's weights
+LONGEST_NAME = 255  # bytes, of a file
 LOCATION = re.compile(rb"\n\x08location\x12([\x80-\xff]?)([\x00-\x7f])")  # before their names in the graph's file
 
 
@@ -202,7 +203,8 @@ def _weights_files(content: bytes) -> set[str]:
     for match in LOCATION.finditer(content):
         high, low = match.groups()  # the name's length, 7 bits per byte, the lowest first
         length = high[0] % 128 + 128 * low[0] if high else low[0]
-        names.add(content[match.end() : match.end() + length].decode(errors="replace").replace("\0", "?"))
+        name = content[match.end() : match.end() + length].decode(errors="surrogateescape").replace("\0", "?")
+        names |= {name} if length <= LONGEST_NAME else set()
     return names
 
 
