@@ -19,7 +19,8 @@ from vaflow.errors import UsageError
 from vaflow.extract.plan import Summary
 from vaflow.extract.source_identity import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
-from vaflow.predict import PredictConfig, predict_media
+from vaflow.predict import predict_media
+from vaflow.predict_settings import PredictConfig
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run

@@ -22,7 +22,7 @@ from vaflow.extract.pipeline import extract, extract_with
 from vaflow.extract.plan import Summary, check_items, is_divided
 from vaflow.failures import read_failures
 from vaflow.item_names import clip_and_person
-from vaflow.predict import items_of
+from vaflow.predict_settings import items_of
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)
 SECONDS = 4

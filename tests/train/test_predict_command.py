@@ -14,6 +14,8 @@ import vaflow.predict
 from vaflow.cache import create_cache
 from vaflow.cli import main
 from vaflow.cli.predict import predictions_table
+from vaflow.errors import FingerprintError
+from vaflow.extract.config import ExtractConfig
 from vaflow.predict import Predicted
 from vaflow.viewer.predictions import find_predictions
 
@@ -277,3 +279,18 @@ def test_a_cache_without_clips_is_a_usage_error(
         assert f"{empty} has no clips to predict." in capsys.readouterr().err
     assert main(["cache", "drop", str(empty), "a"]) == 2
     assert "Its clips are none." in capsys.readouterr().err
+
+
+def test_features_left_by_other_weights_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def extract(dataset: object, folder: Path, settings: object, *, show_progress: bool) -> None:
+        calls.append(folder)
+        folder.mkdir()  # fails if the folder is there
+        raise FingerprintError(f"other weights in {folder}")
+
+    monkeypatch.setattr(vaflow.predict, "extract", extract)
+    settings, config = ExtractConfig(), vaflow.predict.PredictConfig()
+    with pytest.raises(FingerprintError):
+        vaflow.predict.ClipFeatures.of((), settings, tmp_path / "out", config, False)
+    assert len(calls) == 2, "the folder was deleted, and its clips extracted again"
