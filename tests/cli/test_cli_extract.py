@@ -204,6 +204,7 @@ def test_clips_removed_from_the_dataset_are_listed(
     assert json.loads(capsys.readouterr().out)["absent"] == ["a"]
 
 
+@pytest.mark.slow
 def test_urls_in_commands_keep_both_slashes(one_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"memory://{tmp_path.name}/cache"
     base = ["extract", str(one_clip), "--out", url, "--visual", "none", "--audio", "none"]

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from numbered_clip import read_number
 from until import until
@@ -107,7 +108,8 @@ def test_a_dragged_span_loops(open_page: OpenPage, page_file: Path) -> None:
         assert len(rows) < 100, "not within 10 s"
         page.wait_for_timeout(100)
         rows.append(row(page))
-    assert all(145 <= r <= 185 for r in rows)  # 6 s to 7 s, plus the frames before the jump back
+    # 6 s to 7 s, and the frames before the jump back: 50 a second at this speed, and a busy machine jumps late
+    assert all(145 <= r <= 225 for r in rows) and np.median(rows) <= 185
     assert page.evaluate("document.getElementById('media').playbackRate") == 2
 
 
