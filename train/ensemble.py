@@ -138,7 +138,7 @@ def ensemble_runs(
         used = [trace for trace in traces if trace.clip.item not in report["missing"]["clips"]]
         report |= uncertainty_report(used, split, calibration.split)
     items = [trace.clip.item for trace in traces]
-    report["warnings"] += data_warnings(dict(zip(runs, records, strict=True)), cache, split, items)
+    report["warnings"] += data_warnings(dict(zip(runs, records, strict=True)), cache, split, items, report["ccc"])
     report["ensemble"] = {"runs": len(runs), "weights": how, "weights_split": chosen_on}
     if chosen_on == split and how == "search":
         report["warnings"].append("the weights were tuned on this split; the score is optimistic")

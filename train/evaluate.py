@@ -96,9 +96,7 @@ def evaluate_run(
             calibrated_on += " of the training cache"  # no label here has helped to choose the intervals
         report |= uncertainty_report(used, split, calibrated_on)
     items = [trace.clip.item for trace in traces]
-    untrained = [name for name in trained.record.untrained if report["ccc"][name] is not None]
-    report["warnings"] += [f"{config.train_split}: {name} is not labelled in this split" for name in untrained]
-    report["warnings"] += data_warnings({run: trained.record}, cache, split, items)
+    report["warnings"] += data_warnings({run: trained.record}, cache, split, items, report["ccc"])
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
@@ -113,14 +111,25 @@ def evaluate_run(
     return report
 
 
-def data_warnings(runs: Mapping[Path, RunRecord], cache: Cache, split: str, items: Sequence[str]) -> list[str]:
-    """Warnings about the clips that runs are scored on: earlier data, recordings that count twice or were trained on.
+def data_warnings(
+    runs: Mapping[Path, RunRecord],
+    cache: Cache,
+    split: str,
+    items: Sequence[str],
+    ccc: Mapping[str, float | None],
+) -> list[str]:
+    """Warnings about the data of runs: dimensions without training labels, clips that count twice or were trained on.
 
     Args:
         runs: run -> its record. A warning that does not hold for all of them names its run.
         cache: holds the clips `items` of `split`; it need not be the one that the runs were trained on.
+        ccc: dimension -> score; None: not scored.
     """
-    each = {run: _shared_recordings(run, record, cache, split, items) for run, record in runs.items()}
+    each: dict[Path, list[str]] = {}
+    for run, record in runs.items():
+        untrained = [name for name in record.untrained if ccc[name] is not None]
+        each[run] = [f"{record.config.train_split}: {name} is not labelled in this split" for name in untrained]
+        each[run] += _shared_recordings(run, record, cache, split, items)
     common = [text for text in next(iter(each.values())) if all(text in texts for texts in each.values())]
     own = [f"{run}: {text}" for run, texts in each.items() for text in texts if text not in common]
     return outdated_clips(cache, split, items) + common + own

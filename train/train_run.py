@@ -90,10 +90,11 @@ def open_session(stack: ExitStack, cache: Cache, config: TrainConfig, out: Path,
     """
     folder = RunFolder(Path(out))
     folder.make()
-    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first one holds the lock
+    first = os.environ.get("RANK", "0") == "0"  # of several processes of one run, this one holds the lock
+    if first:
         stack.enter_context(lock_folder(folder.path, "vaflow train"))
     config, inputs = resolve(cache, config)  # first: settings that do not fit delete no run
-    if fresh and os.environ.get("RANK", "0") == "0":
+    if fresh and first:
         folder.clear()
         folder.make()
     return Session(cache, config, inputs, folder, new_record(cache, config, inputs, folder.path))

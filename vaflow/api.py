@@ -210,9 +210,8 @@ def extract(
         if name not in known:
             raise UsageError(explain("Unknown setting of extract", got=name, choices=known))
     weights = {name: Path(path) for name, path in (settings.pop("weights", None) or {}).items()}
-    described = settings_of(
-        ExtractConfig
-    )  # window=10 becomes 10.0, as on the command line: fingerprints tell them apart
+    # window=10 becomes 10.0, as on the command line: fingerprints tell them apart
+    described = settings_of(ExtractConfig)
     given = {"visual": visual, "audio": audio, **settings}
     config = ExtractConfig(weights=weights, **{name: described[name].coerce(value) for name, value in given.items()})
     target = out if "://" in str(out) else Path(out)

@@ -185,12 +185,13 @@ class ClipFeatures:
             folder = folder or out / f"{FEATURES}{blake2b(repr(settings).encode(), digest_size=8).hexdigest()}"
             root = clips[0].audio.parent if clips and clips[0].audio is not None else Path()
             dataset = Dataset(root, "videos", clips, ())
+            interrupted = folder.exists()
             try:
                 extracted = extract(dataset, folder, settings, show_progress=show_progress)
             except FingerprintError:
-                if config.cache is not None:
+                if config.cache is not None or not interrupted:
                     raise
-                shutil.rmtree(folder)  # left by an interrupted prediction with other weights under the same path
+                shutil.rmtree(folder)  # left by a prediction with other weights under the same path
                 extracted = extract(dataset, folder, settings, show_progress=show_progress)
             for failure in extracted.failures:
                 failures.add(with_earlier_predictions(out, failure), quiet=True)

@@ -149,7 +149,9 @@ def test_a_clip_whose_data_is_missing_does_not_show_the_clip_before(
 
 
 def test_a_malformed_address_opens_the_first_clip(open_page: OpenPage, page_file: Path) -> None:
-    ready(open_page(page_file, "#clip=%E0%A4%A"), "constant")
+    page = open_page(page_file, "#clip=%E0%A4%A")
+    ready(page, "constant")
+    assert page.inner_text("#title") == "constant"
 
 
 def test_the_key_for_the_next_clip_is_ignored_if_the_list_is_empty(open_page: OpenPage, page_file: Path) -> None:
