@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo, stored_layers
 from vaflow.cache.scratch import LongArray, Scratch
+from vaflow.datasets.clip import person_item
 from vaflow.encoders.base import KALDI, FrontEnd, cut
 from vaflow.encoders.logmel import RATE, frame_times
 from vaflow.extract.audio import HOP, METHOD, SpeechMeter, covered_frames, step_valid, stored_speech
@@ -22,7 +23,6 @@ from vaflow.extract.encoding import Encoders, FixedBatcher
 from vaflow.extract.faces.crops import turn_remedy
 from vaflow.extract.faces.people import no_faces
 from vaflow.extract.plan import PendingClip
-from vaflow.item_names import person_item
 from vaflow.timeline import Floats, Ints
 
 logger = logging.getLogger(__name__)

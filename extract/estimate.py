@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vaflow.cache import is_cache, open_cache
 from vaflow.cache.schema import CROPS, LABELS, LOGMEL, PIXELS
 from vaflow.datasets import Dataset
-from vaflow.datasets.clip import Clip
+from vaflow.datasets.clip import Clip, clip_and_person
 from vaflow.device import choose_device
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.encoders.preprocessing import Preparation
@@ -27,12 +27,11 @@ from vaflow.extract.decoding_pool import AudioEnd, Face, Failed, Job, Message, e
 from vaflow.extract.doctor.facts import look_at_people
 from vaflow.extract.durations import header_seconds, side_by_side
 from vaflow.extract.faces.choice import ALL
-from vaflow.extract.image_folders import open_stills
 from vaflow.extract.plan import shard_clips
+from vaflow.extract.source_files import open_stills
 from vaflow.extract.streams import compare, stores_everyone
 from vaflow.extract.video import probe
 from vaflow.extract.worker import run_job
-from vaflow.item_names import clip_and_person
 from vaflow.process import beat
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vaflow.cache import Cache
 from vaflow.cache.costs import Cost
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
+from vaflow.datasets.clip import person_item
 from vaflow.device import device_name
 from vaflow.encoders.base import KALDI, count_parameters
 from vaflow.errors import DataError, MediaError
@@ -33,8 +34,7 @@ from vaflow.extract.plan import Extracted, Outcome, PendingClip
 from vaflow.extract.streams import NewStreams, provenance, source_of
 from vaflow.extract.video import check_parity
 from vaflow.extract.worker import run_job
-from vaflow.failures import Failure
-from vaflow.item_names import person_item
+from vaflow.files import Failure
 
 PENDING_COMMITS = 4
 WAITING = "waiting for decoders"

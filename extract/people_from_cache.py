@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.cache import Cache, create_cache
+from vaflow.cache import Cache, PathLike, create_cache
 from vaflow.cache.copy import ItemCopy, TransferSummary, refuse_inside, survey, transfer
 from vaflow.cache.costs import append_costs
-from vaflow.cache.json_documents import fingerprint
-from vaflow.cache.opening import PathLike
+from vaflow.cache.layout import fingerprint
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, STORES, Array, Json, Record, StreamInfo
-from vaflow.datasets.clip import Clip
+from vaflow.datasets.clip import Clip, person_item
 from vaflow.device import choose_device
 from vaflow.errors import MediaError, UsageError, count, examples, explain
 from vaflow.extract.config import ExtractConfig, default_workers
@@ -38,8 +37,7 @@ from vaflow.extract.faces.choice import (
 )
 from vaflow.extract.plan import OutcomeRecorder, PendingClip, Summary
 from vaflow.extract.streams import NewStreams
-from vaflow.failures import FAILURES, Failure, FailureLog, write_failures
-from vaflow.item_names import person_item
+from vaflow.files import FAILURES, Failure, FailureLog, write_failures
 
 log = logging.getLogger(__name__)
 

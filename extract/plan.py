@@ -13,23 +13,28 @@ from tqdm import tqdm
 
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.costs import Cost, append_costs
-from vaflow.cache.json_documents import source_stamp
+from vaflow.cache.layout import source_stamp
+from vaflow.cache.maintenance import clip_streams
 from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
-from vaflow.datasets.clip import Clip
-from vaflow.errors import MediaError, UsageError, count, examples, explain
+from vaflow.datasets.clip import Clip, clip_and_person, person_item
+from vaflow.errors import (
+    MediaError,
+    UsageError,
+    count,
+    examples,
+    explain,
+)
 from vaflow.extract.audio import ends_in_a_short_step
 from vaflow.extract.config import Shard
 from vaflow.extract.decoding_pool import Failed, StoredPerson, each
 from vaflow.extract.durations import lengths
 from vaflow.extract.faces.choice import ALL
-from vaflow.extract.image_folders import IMAGES_DIGEST, images_digest
-from vaflow.extract.source_identity import SourceComparison, file_status, sources_of
+from vaflow.extract.source_files import IMAGES_DIGEST, SourceComparison, file_status, images_digest, sources_of
 from vaflow.extract.streams import SOURCES, reading_version, source_of
 from vaflow.extract.video import READING, misread_before
-from vaflow.failures import LISTS, Failure, FailureLog, read_failures
-from vaflow.item_names import clip_and_person, person_item
+from vaflow.files import LISTS, Failure, FailureLog, read_failures
 from vaflow.timeline import Grid
 
 logger = logging.getLogger(__name__)
@@ -405,3 +410,27 @@ def carry_out(
     summary.changed = len(changed) - summary.outdated
     summary.wall_seconds = time.perf_counter() - began
     return summary
+
+
+def absent_clips(cache: Cache, present: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the clips of the cache whose ids are not in `present`, sorted, with their streams as `clip_streams`.
+
+    The people of a clip (`clip#1`, ...) are present if the clip is.
+    """
+    known = clip_streams(cache)
+    absent = (item for item in known if item not in present and clip_and_person(item)[0] not in present)
+    return {item: known[item] for item in absent}
+
+
+def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[str]:
+    """Return the ids of `absent_clips`, if at least one clip of the cache is in the data set `origin`.
+
+    Raises:
+        UsageError: the cache and the data set share no clip: it is not the data set of this cache.
+    """
+    known, absent = clip_streams(cache), list(absent_clips(cache, present))
+    if known and len(absent) == len(known):
+        expected = f"the data set of this cache, with clips such as {examples(list(known))}"
+        got = f"{len(present)} other clips" if present else "no clips"
+        raise UsageError(explain(f"No clip of {cache.place} is in {origin}", expected=expected, got=got))
+    return absent

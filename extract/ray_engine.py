@@ -28,7 +28,7 @@ from vaflow.extract.loop import Extraction
 from vaflow.extract.plan import Extracted, Outcome, OutcomeRecorder, PendingClip, Summary, carry_out, make_plan
 from vaflow.extract.streams import prepare
 from vaflow.extract.video import require_nvdec
-from vaflow.failures import Failure
+from vaflow.files import Failure
 from vaflow.process import Notes, connected, import_ray, starts_here
 
 logger = logging.getLogger(__name__)

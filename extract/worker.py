@@ -40,8 +40,16 @@ from vaflow.extract.faces.detection import Face as DetectedFace
 from vaflow.extract.faces.identity import open_network
 from vaflow.extract.faces.people import ClipFaces
 from vaflow.extract.faces.tracking import PersonTracker
-from vaflow.extract.image_folders import IMAGES_DIGEST, ImageDigest, list_crops, open_stills, read_crop, stills_at
-from vaflow.extract.source_identity import check_unchanged, sources_of
+from vaflow.extract.source_files import (
+    IMAGES_DIGEST,
+    ImageDigest,
+    check_unchanged,
+    list_crops,
+    open_stills,
+    read_crop,
+    sources_of,
+    stills_at,
+)
 from vaflow.extract.video import MediaInfo, frames_at, frames_on_gpu, probe
 from vaflow.process import beat
 from vaflow.timeline import Floats, Ints, median_interval, nearest

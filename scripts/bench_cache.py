@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.json_documents import record_document, seal
+from vaflow.cache.layout import record_document, seal
 from vaflow.cache.schema import LABELS, STORES, Array, Record, StreamInfo, escape
 
 VISUAL = StreamInfo("visual", "visual", 512, "float16", {"encoder": "bench"})

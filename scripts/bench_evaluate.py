@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vaflow.train.metrics import concordance, video_moments
-from vaflow.train.statistics import bootstrap_interval
+from vaflow.train.metrics import bootstrap_interval, concordance, video_moments
 
 SAMPLES = 10_000
 BY_HAND = 3  # samples of joined frames that are timed

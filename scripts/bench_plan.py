@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.json_documents import record_document, seal
+from vaflow.cache.layout import record_document, seal
 from vaflow.cache.schema import LABELS, Record, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
-from vaflow.extract.source_identity import sources_of
+from vaflow.extract.source_files import sources_of
 from vaflow.extract.streams import source_of
 
 LABEL_TEXT = "valence,arousal\n0.1,0.2\n"

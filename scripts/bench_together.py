@@ -33,11 +33,10 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import Data, load_split
 from vaflow.train.heads import VAModel
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.stacked_loop import Member, take_step
 from vaflow.train.stacked_models import StackedModels
-from vaflow.train.training_loop import seeded, train_step
+from vaflow.train.training_loop import make_optimizer, seeded, train_step
 from vaflow.train.windows import WindowSet, gather_each
 
 

@@ -48,9 +48,8 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.heads import temporal
 from vaflow.train.inputs import Inputs, resolve
-from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import build_model
-from vaflow.train.training_loop import seeded, train_step
+from vaflow.train.training_loop import make_optimizer, seeded, train_step
 from vaflow.train.windows import WindowSet
 
 GRID, STEPS, FPS = Grid(), 20, 30

@@ -17,7 +17,7 @@ import numpy as np
 from vaflow.cli import main as vaflow
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.uncertainty import LEVELS, ScaleSearch, VideoErrors, coverage_of
-from vaflow.viewer.predictions import find_predictions, read_predictions
+from vaflow.viewer import find_predictions, read_predictions
 
 HALVES = 200
 

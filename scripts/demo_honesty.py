@@ -35,7 +35,7 @@ def main() -> None:
 
 def measure(out: Path, seed: int) -> dict[str, float]:
     """Held-out mean CCC of every variant for one seed."""
-    from vaflow.demo.writer import AUDIO, TRAINING, VISUAL
+    from vaflow.demo import AUDIO, TRAINING, VISUAL
     from vaflow.train.config import TrainConfig
 
     config = TrainConfig(visual=(VISUAL,), audio=(AUDIO,), seed=seed, device="cpu", **TRAINING)
@@ -56,7 +56,7 @@ def measure(out: Path, seed: int) -> dict[str, float]:
 def cache(out: Path, name: str, seed: int, **options: Any) -> Path:
     """Write a variant of the demo's data and extract it."""
     from vaflow.datasets import open_dataset
-    from vaflow.demo.writer import AUDIO, VISUAL, write_demo
+    from vaflow.demo import AUDIO, VISUAL, write_demo
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import extract
 

@@ -71,7 +71,7 @@ def report(out: Path, clips: list[int] | None = None, epochs: int | None = None)
 def extracted(out: Path, variant: str, clips: list[int] | None) -> Path:
     """The demonstration's clips, in a cache of that variant."""
     from vaflow.datasets import open_dataset
-    from vaflow.demo.writer import AUDIO, VISUAL, write_demo
+    from vaflow.demo import AUDIO, VISUAL, write_demo
     from vaflow.extract.config import ExtractConfig
     from vaflow.extract.pipeline import extract
 
@@ -88,7 +88,7 @@ def extracted(out: Path, variant: str, clips: list[int] | None) -> Path:
 def trained(cache: Path, out: Path, variant: str, seed: int, epochs: int | None) -> Path:
     """A run with the demonstration's settings."""
     from vaflow.cache import open_cache
-    from vaflow.demo.writer import AUDIO, TRAINING, VISUAL
+    from vaflow.demo import AUDIO, TRAINING, VISUAL
     from vaflow.train.config import TrainConfig
     from vaflow.train.train_run import train_run
 

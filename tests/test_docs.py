@@ -22,7 +22,7 @@ from affwild2_tree import build_affwild2
 
 import vaflow
 from vaflow.cli import app, main
-from vaflow.demo.writer import write_demo
+from vaflow.demo import write_demo
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = {

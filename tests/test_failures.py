@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from vaflow.failures import FAILURES, Failure, FailureLog, read_failures, write_failures
+from vaflow.files import FAILURES, Failure, FailureLog, read_failures, write_failures
 
 CUT = Failure("a/b", "open", "MediaError", "cut off", {"split": "val"})
 

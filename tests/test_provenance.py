@@ -17,10 +17,9 @@ from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
 from vaflow.extract.plan import Summary
-from vaflow.extract.source_identity import part_of, same_part, sources_of
+from vaflow.extract.source_files import part_of, same_part, sources_of
 from vaflow.extract.streams import SOURCES
-from vaflow.predict import predict_media
-from vaflow.predict_settings import PredictConfig
+from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run

@@ -1,10 +1,10 @@
-"""A batch of windows: inputs, targets and masks, and a model's predictions for it.
+"""A batch of windows: inputs, targets and masks, and a model's predictions for it; modality dropout.
 
 Further targets, such as expression classes and action units, are read, trained and scored here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -244,3 +244,25 @@ def extra_scores(pairs: Mapping[str, Sequence[tuple[ExtraRows, Floats]]]) -> dic
             "accuracy": float(right.mean()) if right.size else None,
         }
     return scores
+
+
+def drop_modality(
+    batch: Batch, streams: Sequence[StreamSpec], share: float, generator: torch.Generator | None = None
+) -> Batch:
+    """Mark all streams of one modality as missing in about `share` of the windows, never both modalities.
+
+    The windows and the modality (each with equal probability) follow from torch's generator.
+
+    Args:
+        share: probability that a window loses a modality, in [0, 1).
+        generator: of random numbers, on the device; None: torch's own.
+
+    Returns:
+        The batch with other `valid` masks; the batch itself where the model reads one modality only.
+    """
+    if not share or {stream.kind for stream in streams} != {VISUAL, AUDIO}:
+        return batch
+    draw = torch.rand(len(batch.inside), device=batch.inside.device, generator=generator)
+    lost = {VISUAL: draw < share / 2, AUDIO: (draw >= share / 2) & (draw < share)}
+    valid = {stream.name: batch.valid[stream.name] & ~lost[stream.kind].unsqueeze(1) for stream in streams}
+    return replace(batch, valid={**batch.valid, **valid})

@@ -26,8 +26,7 @@ from vaflow.train import index_tables as tables
 from vaflow.train.batch import VISUAL, ExtraTargets, TargetSpec, read_rows, target_specs
 from vaflow.train.config import TrainConfig
 from vaflow.train.folds import fold_items, split_items
-from vaflow.train.inputs import LOGMEL_INTERVAL, Inputs, InputStream, interval_of, resolve, sampling
-from vaflow.train.masks import InputMasks
+from vaflow.train.inputs import LOGMEL_INTERVAL, InputMasks, Inputs, InputStream, interval_of, resolve, sampling
 from vaflow.train.windows import ClipRows, StreamTable, WindowSet
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,11 @@ from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.device import choose_device
 from vaflow.encoders import warn_of_demonstration
 from vaflow.errors import CacheError, UsageError, count, examples, explain
-from vaflow.failures import read_failures
+from vaflow.files import read_failures
 from vaflow.train.config import NONE, TrainConfig
 from vaflow.train.data import load_split
-from vaflow.train.folds import split_items
-from vaflow.train.groups import Groups
+from vaflow.train.folds import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, check_same_targets
-from vaflow.train.masks import without_modality
 from vaflow.train.prediction_files import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
 from vaflow.train.run_record import (
@@ -33,7 +31,7 @@ from vaflow.train.scores import check_complete, failed_items, featureless, score
 from vaflow.train.smoothing import FILTERS, Smoothing, candidate_widths, choose_width, write_smoothing
 from vaflow.train.traces import Trace
 from vaflow.train.uncertainty import calibrate, uncertainty_report, write_calibration
-from vaflow.train.windows import WindowSet
+from vaflow.train.windows import WindowSet, without_modality
 
 log = logging.getLogger(__name__)
 

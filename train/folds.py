@@ -1,4 +1,4 @@
-"""Folds of a cross-validation, with about equal numbers of labelled frames.
+"""Groups of clips, read from a file, and folds of a cross-validation with about equal numbers of labelled frames.
 
 The clips of a source video (`_left` and `_right`) share image and audio, so they stay in one fold; a column of a groups
 file (speaker, site) can take the video's place. A fold is a split named "fold2of5"; all other folds together are
@@ -6,17 +6,78 @@ file (speaker, site) can take the video's place. A fold is a split named "fold2o
 nested cross-validation. Folds need no seed and no file.
 """
 
+import csv
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, examples, explain
 from vaflow.train.config import TrainConfig
-from vaflow.train.groups import read_column
 
+ITEM_COLUMNS = ("item", "clip", "name")  # one of them names the clip or the source video
+Groups = Mapping[str, Mapping[str, str]]  # kind -> item -> group
 _NAME = re.compile(r"(?P<which>fold|rest)(?P<fold>\d+)of(?P<folds>\d+)")
+
+
+log = logging.getLogger(__name__)
+
+
+def read_groups(path: Path) -> dict[str, dict[str, str]]:
+    """Read `groups.csv`: a column `item`, `clip` or `name` (a clip or a source video), and a column per kind of group.
+
+    Returns:
+        kind -> item -> group; empty cells are left out.
+
+    Raises:
+        UsageError: it cannot be read, lacks the column of items or any other, or names an item twice.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(explain(f"Cannot read the groups {path}", expected="a CSV file", got=error)) from error
+    columns = [name for name in (rows[0] if rows else ()) if name]
+    key = next((name for name in ITEM_COLUMNS if name in columns), "")
+    kinds = [name for name in columns if name != key]
+    if not key or not kinds:
+        expected = "a header such as item,gender,age, and a row per clip"
+        raise UsageError(explain(f"{path} has no groups", expected=expected, got=",".join(columns) or "no rows"))
+    items = [(row[key] or "").strip() for row in rows]
+    repeated = sorted(item for item, count in Counter(items).items() if count > 1)
+    if repeated:
+        raise UsageError(explain(f"{path} has items with several rows", got=examples(repeated)))
+    cells = {kind: [(row[kind] or "").strip() for row in rows] for kind in kinds}
+    return {kind: {i: c for i, c in zip(items, cells[kind], strict=True) if c} for kind in kinds}
+
+
+def read_column(text: str) -> dict[str, str]:
+    """Read `FILE.csv:COLUMN`, one kind of group: item -> group.
+
+    Raises:
+        UsageError: not of that form, or the file cannot be read or lacks the column.
+    """
+    path, colon, kind = text.rpartition(":")
+    if not (colon and path and kind):
+        raise UsageError(explain("--fold-groups must be FILE:COLUMN, as groups.csv:speaker", got=text))
+    groups = read_groups(Path(path))
+    if kind not in groups:
+        raise UsageError(explain(f"{path} has no column {kind!r}", choices=groups))
+    return groups[kind]
+
+
+def warn_unknown(groups: Groups, cache: Cache) -> None:
+    """Warn of items in a groups file that are neither clips nor source videos of the cache."""
+    unknown = {item for members in groups.values() for item in members} - set(cache.items())
+    if unknown:  # computed only if needed, because reading the clips' videos is slow
+        unknown -= {str(cache.meta(item).get("group")) for item in cache.items()}
+    if unknown:
+        shown = examples(sorted(unknown))
+        log.warning("The groups name %d items that %s does not have: %s", len(unknown), cache.place, shown)
 
 
 @dataclass(frozen=True)

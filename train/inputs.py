@@ -1,4 +1,7 @@
-"""Inputs of a run: the streams and prototypes that its settings, or the defaults, select in a cache."""
+"""Inputs of a run: the streams and prototypes that its settings, or the defaults, select in a cache, and their masks.
+
+A run may mask faces of low quality and audio without speech.
+"""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vaflow.cache import Cache
-from vaflow.cache.json_documents import fingerprint
-from vaflow.cache.schema import LOGMEL, StreamInfo, stored_layers
+from vaflow.cache.layout import fingerprint
+from vaflow.cache.schema import FACES, LOGMEL, Item, StreamInfo, stored_layers
 from vaflow.encoders import is_encoder
 from vaflow.errors import FingerprintError, UsageError, explain
-from vaflow.timeline import Grid, median_interval
+from vaflow.timeline import Bools, Floats, Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec, target_specs
 from vaflow.train.config import NONE, TrainConfig
 from vaflow.train.folds import with_folds
@@ -28,6 +32,8 @@ _PEOPLE = tuple(f"picture.faces.{name}" for name in ("tracker", "person", "choic
 # which face is read.
 _LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision")
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
+GOOD_SIZE = 48.0  # pixels of the frame
+GOOD_SHARPNESS = 8.0  # gray levels
 
 
 @dataclass(frozen=True)
@@ -333,3 +339,90 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+@dataclass(frozen=True)
+class InputMasks:
+    """Valid inputs that a run masks.
+
+    Attributes:
+        min_face_quality: faces below this quality count as missing.
+        speech: audio without speech counts as missing.
+    """
+
+    min_face_quality: float = 0.0
+    speech: bool = False
+
+    def valid(self, cache: Cache, stream: str, kind: str, data: Item) -> np.ndarray:
+        """`data.valid` of an item of a stream, without what is left out.
+
+        Raises:
+            UsageError: the cache does not hold what a setting requires.
+        """
+        if kind == "visual" and self.min_face_quality > 0:
+            quality = face_quality(cache, stream, data.item, data)
+            if quality is None:
+                problem = f"min_face_quality requires face quality; {cache.place} has none for clip {data.item!r}"
+                expected = "features of detected faces, extracted with --person main"
+                remedy = "Extract the videos with --person main into a new cache, or leave min_face_quality out"
+                raise UsageError(explain(problem, expected=expected, remedy=remedy))
+            return data.valid & (quality >= self.min_face_quality)
+        if kind != "visual" and self.speech:
+            speech = speech_activity(cache, data.item)
+            if speech is None:
+                problem = f"speech_mask requires speech activity; {cache.place} has none for clip {data.item!r}"
+                remedy = "Extract the videos into a new cache, or leave speech_mask out"
+                raise UsageError(explain(problem, expected="log-Mel with speech activity", remedy=remedy))
+            if kind == LOGMEL:
+                return data.valid & speech[: len(data.valid)]
+            return data.valid & during_speech(speech, data.time, median_interval(data.time[:1].ravel()))
+        return data.valid
+
+
+def face_quality(cache: Cache, stream: str, item: str, data: Item) -> Floats | None:
+    """Quality of the face at each visual sample, [T], 0 (no face) to 1; None if the cache does not hold it.
+
+    The product of the detector's score, the cosine of the yaw, and size and sharpness as shares of a good face's.
+
+    Args:
+        data: the item of the visual stream, with its array `frame`.
+    """
+    person = cache.record(stream, item).meta.get("person")
+    frame = data.arrays.get("frame")
+    if not isinstance(person, int) or frame is None or FACES not in cache.streams() or not cache.has(FACES, item):
+        return None
+    faces = cache.read(FACES, item, ["frame", "person", "size", "sharpness", "yaw", "score"])
+    mine = np.flatnonzero(faces.person == person)
+    value = (
+        faces.score
+        * np.minimum(faces.size / GOOD_SIZE, 1)
+        * np.minimum(faces.sharpness / GOOD_SHARPNESS, 1)
+        * np.maximum(np.cos(np.radians(faces.yaw)), 0)
+    )[mine]
+    quality = np.zeros(len(frame))
+    if len(mine):
+        place = np.minimum(np.searchsorted(faces.frame[mine], frame), len(mine) - 1)
+        same = faces.frame[mine][place] == frame
+        quality[same] = value[place][same]
+    return quality
+
+
+def speech_activity(cache: Cache, item: str) -> Bools | None:
+    """[F] True where there is speech, one per `LOGMEL_INTERVAL` seconds from 0; None if the cache does not hold it."""
+    if LOGMEL not in cache.streams() or not cache.has(LOGMEL, item):
+        return None
+    if "speech" not in cache.record(LOGMEL, item).arrays:
+        return None
+    speech: Bools = cache.read(LOGMEL, item, ["speech"]).arrays["speech"]
+    return speech
+
+
+def during_speech(speech: Bools, time: np.ndarray, length: float) -> Bools:
+    """True where at least half of `length` seconds around each time is speech."""
+    sums = np.concatenate([[0], np.cumsum(speech)])
+    first, last = (
+        np.clip(np.rint((time + sign * length / 2) / LOGMEL_INTERVAL).astype(np.int64), 0, len(speech))
+        for sign in (-1, 1)
+    )
+    result: Bools = 2 * (sums[last] - sums[first]) >= max(round(length / LOGMEL_INTERVAL), 1)
+    return result

@@ -12,16 +12,20 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vaflow import __version__
 from vaflow.cache import Cache, address
-from vaflow.cache.json_documents import canonical, fingerprint, now
+from vaflow.cache.layout import canonical, fingerprint, now
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
+from vaflow.datasets.clip import person_item
 from vaflow.datasets.files import below
+from vaflow.datasets.videos import has_predictions
 from vaflow.encoders.prompts import REGIONS
-from vaflow.errors import CorruptError, DataError, examples, explain
-from vaflow.failures import Failure
-from vaflow.files import is_behind_link, write_file
-from vaflow.item_names import person_item
+from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
+from vaflow.files import Failure, is_behind_link, write_file
+from vaflow.timeline import Floats
+from vaflow.train.inputs import LOGMEL_INTERVAL, face_quality, speech_activity
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.run_folder import ENSEMBLE_FILE
 from vaflow.train.run_record import RunRecord
@@ -31,6 +35,7 @@ from vaflow.train.uncertainty import CALIBRATION, TRAINING_FEATURES
 log = logging.getLogger(__name__)
 
 SOURCES_FILE = "sources.json"
+_LONGEST_HEADER = 4096  # bytes of a table's first line
 
 
 def write_predictions(folder: Path, traces: Iterable[Trace]) -> None:
@@ -354,3 +359,55 @@ def warn_of_earlier_predictions(folder: Path, failures: Iterable[Failure]) -> No
 def prediction_folders(run: Path) -> Iterator[Path]:
     """Folders of predictions of a run: one per split."""
     yield from sorted(path for path in (run / "predictions").glob("*") if path.is_dir())
+
+
+def refuse_foreign_tables(out: Path, items: Iterable[str]) -> None:
+    """Check that predictions replace predictions only, not label tables beside the videos.
+
+    Raises:
+        UsageError: `out` holds other tables of these names.
+    """
+    try:
+        earlier = read_sources(out)
+    except CorruptError:
+        earlier = None
+    known = set() if earlier is None else set(earlier.items)
+    foreign = []
+    for item in items:
+        try:
+            path = below(out, f"{item}.csv")
+        except DataError:  # the clip fails when it is written
+            continue
+        if item not in known and path.is_file():
+            with path.open("rb") as file:
+                header = file.readline(_LONGEST_HEADER).decode("ascii", "replace").strip().split(",")
+            if not has_predictions(header):
+                foreign.append(path.name)
+    if foreign:
+        problem = f"{out} holds tables that predictions would replace"
+        expected = "a directory without label tables of these names"
+        raise UsageError(explain(problem, expected=expected, got=examples(foreign), remedy="Choose another --out"))
+
+
+def frame_columns(cache: Cache, visual: Iterable[str], item: str, time: Floats) -> dict[str, Any]:
+    """`face_quality` and `speech` at the frames of a clip, as far as the cache holds them.
+
+    Args:
+        visual: visual streams; the first one that holds the clip is taken.
+        time: [R] seconds of the frames.
+    """
+    columns: dict[str, Any] = {}
+    for stream in visual:
+        if stream in cache.streams() and cache.has(stream, item):
+            data = cache.read(stream, item, [n for n in ("time", "frame") if n in cache.record(stream, item).arrays])
+            quality = face_quality(cache, stream, item, data)
+            if quality is not None and len(quality):
+                edges = (data.time[1:] + data.time[:-1]) / 2
+                columns["face_quality"] = quality[np.searchsorted(edges, time)]
+            break
+    speech = speech_activity(cache, item)
+    if speech is not None and len(speech):
+        columns["speech"] = speech[
+            np.clip(np.floor(time / LOGMEL_INTERVAL + 1e-6).astype(np.int64), 0, len(speech) - 1)
+        ]
+    return columns

@@ -25,13 +25,12 @@ from vaflow.train.data import Data, LoadedSplits
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import LOSS_SETTINGS
 from vaflow.train.metrics import SCORES
-from vaflow.train.optimizer import make_optimizer
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.session import Session, new_model, reproducible
 from vaflow.train.stacked_loop import FAILURES, Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels
 from vaflow.train.train_run import Result, is_finished, open_session, train_run
-from vaflow.train.training_loop import train_step
+from vaflow.train.training_loop import make_optimizer, train_step
 from vaflow.train.windows import gather_each
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ DIR/config.json          the run's `config.toml` as JSON, without paths of the m
     README.md            model card
     metrics.json, smoothing.json, uncertainty.json, training_features.safetensors, encoders/   as in the run
 
-The folder, or its copy on the hub, can be used in place of a run (see `vaflow.train.pretrained_model`).
+The folder, or its copy on the hub, can be used in place of a run (see `PretrainedModel`).
 
 Inputs of the ONNX model: `inside` [B, F] bool and `time` [B, F] of the output frames; per stream NAME `NAME.features`
 and `NAME.valid`, and of audio streams also `NAME.inside` and `NAME.time`; see `Batch`. Outputs: `va` [B, F, 2],
@@ -22,13 +22,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaflow.errors import CorruptError, UsageError, command, count, explain, visible
+from vaflow.errors import CorruptError, UsageError, WeightsError, command, count, explain, visible
 from vaflow.files import write_file
 from vaflow.train.batch import AUDIO, VISUAL, Batch, StreamSpec
 from vaflow.train.heads import VAModel
@@ -39,6 +40,7 @@ from vaflow.train.run_folder import (
     PUBLISHED_CONFIG,
     RunFolder,
     load_run,
+    model_options,
     named_files,
     require_record,
 )
@@ -50,6 +52,7 @@ OPSET = 17
 PARTS = {VISUAL: ("features", "valid"), AUDIO: ("features", "valid", "inside", "time")}  # inputs per stream
 ONNX = ("heads.onnx", "heads-fixed.onnx")
 FRAME_INTERVAL = 0.1  # seconds, of the example that is traced
+MAX_WIDTH = 2**16  # maximum width of a prototype; larger values are not text embeddings
 
 
 def export_run(run: Path, out: Path) -> list[Path]:
@@ -290,3 +293,48 @@ def _example(streams: tuple[StreamSpec, ...], frames: int, steps: dict[str, int]
         inputs[f"{stream.name}.inside"] = torch.ones(2, size, dtype=torch.bool)
         inputs[f"{stream.name}.time"] = (torch.arange(size) * FRAME_INTERVAL).expand(2, size).contiguous()
     return inputs
+
+
+class PretrainedModel(VAModel, PyTorchModelHubMixin, library_name="vaflow"):
+    """`VAModel` from the `config.json` of an exported run, with `from_pretrained`, `save_pretrained`, `push_to_hub`.
+
+        model = PretrainedModel.from_pretrained("DIR or USER/NAME")
+        output = model(batch)  # vaflow.train.batch.Batch -> Output
+
+    With `best = "each"` this is the best epoch of the mean CCC; `vaflow.load` also reads the best epochs per dimension.
+
+    Args:
+        config: content of `config.json`.
+
+    Raises:
+        CorruptError: `config` is not that of an exported run.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        try:
+            record = RunRecord.from_document(config)
+            prototypes, context = config.get("prototypes"), config.get("context")
+            shapes = [shape for shape in (prototypes, context) if shape is not None]
+            if any(len(shape) != 2 or not all(0 < int(size) <= MAX_WIDTH for size in shape) for shape in shapes):
+                raise ValueError("prototypes and context must be two sizes each")
+        except (ValueError, TypeError) as error:
+            raise CorruptError(explain("config.json is not that of an exported run", got=error)) from error
+        super().__init__(
+            [stream.spec for stream in record.streams],
+            None if prototypes is None else torch.zeros(*prototypes),
+            context=None if context is None else (context[0], context[1]),
+            targets=record.targets,
+            **model_options(record.config),
+        )
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """Load every tensor, regardless of `strict`: the hub's default leaves missing tensors random."""
+        if not Path(model_file).is_file():
+            raise WeightsError(explain(f"{Path(model_file).parent} is incomplete", expected="model.safetensors"))
+        return super()._load_as_safetensor(model, model_file, map_location, True)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> NoReturn:
+        problem = "The model has no safetensors file"
+        raise WeightsError(explain(problem, expected="model.safetensors", got=Path(model_file).name))

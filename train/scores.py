@@ -3,25 +3,35 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from vaflow.cache import Cache
-from vaflow.errors import DataError, count, examples, explain
-from vaflow.failures import read_failures
+from vaflow.errors import DataError, UsageError, count, examples, explain
+from vaflow.files import read_failures
 from vaflow.timeline import Bools, Floats
 from vaflow.train import metrics
 from vaflow.train.batch import extra_scores
-from vaflow.train.folds import source_splits
-from vaflow.train.groups import Groups, Scored, by_group
-from vaflow.train.metrics import DIMENSIONS, SCORES, by_dimension, by_intensity, plain
-from vaflow.train.statistics import bootstrap_interval
+from vaflow.train.folds import Groups, source_splits
+from vaflow.train.metrics import (
+    DIMENSIONS,
+    SCORES,
+    bootstrap_interval,
+    by_dimension,
+    by_intensity,
+    concordance,
+    plain,
+    rmse,
+)
 from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.windows import ClipRows, WindowSet
 
 log = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"  # the group of clips without an entry in the file
 
 NEARLY_CONSTANT = 0.02  # standard deviation of predictions below which a warning is given
 CONSTANT_LABEL = 0.02  # the same for labels, which lie in [-1, 1]
@@ -227,3 +237,42 @@ def label_warnings(label: Floats, valid: Bools) -> list[str]:
                 f"labels of {name} are nearly constant (standard deviation {y.std():.2g}): their CCC is meaningless"
             )
     return warnings
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One clip, the source video it comes from, and its prediction, label and mask, [N, 2] each."""
+
+    item: str
+    video: str
+    prediction: Floats
+    label: Floats
+    valid: Bools
+
+
+def by_group(clips: Sequence[Scored], groups: Groups) -> dict[str, dict[str, dict[str, Any]]]:
+    """Metrics of every group of every kind; clips without an entry form the group "unknown".
+
+    Raises:
+        UsageError: the file names none of the clips or their source videos.
+    """
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, members in groups.items():
+        by_name: dict[str, list[Scored]] = {}
+        for clip in clips:
+            by_name.setdefault(members.get(clip.item) or members.get(clip.video) or UNKNOWN, []).append(clip)
+        if set(by_name) == {UNKNOWN}:
+            problem = f"Column {kind!r} of the groups names no clip of this split"
+            expected = "items such as " + ", ".join(clip.item for clip in clips[:3])
+            raise UsageError(explain(problem, expected=expected, got=", ".join(list(members)[:3]) or "empty cells"))
+        result[kind] = {}
+        for group in sorted(by_name):
+            arrays = zip(*((c.prediction, c.label, c.valid) for c in by_name[group]), strict=True)
+            prediction, label, valid = (np.concatenate(each) for each in arrays)
+            result[kind][group] = {
+                "n_clips": len(by_name[group]),
+                "n_frames": int(valid.any(axis=1).sum()),
+                "ccc": by_dimension(concordance(prediction, label, valid), mean=True),
+                "rmse": by_dimension(rmse(prediction, label, valid), mean=True),
+            }
+    return result

@@ -29,14 +29,14 @@ from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.repeats import one_thread
 from vaflow.train.run_folder import RunFolder
-from vaflow.train.search_space import Space
-from vaflow.train.search_trials import (
+from vaflow.train.search_space import (
     DONE,
     FAILED,
     STOPPED,
     Log,
     SearchOptions,
     SearchResult,
+    Space,
     Trial,
     continues,
     importances,

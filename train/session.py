@@ -19,7 +19,6 @@ from vaflow.encoders import build_encoder, context_tower, demonstration_notice
 from vaflow.encoders.clip import ContextTower
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.files import write_tensors
-from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import Data
 from vaflow.train.heads import VAModel
@@ -27,12 +26,11 @@ from vaflow.train.inputs import Inputs
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.prediction_files import Maker, write_evaluation
 from vaflow.train.run_folder import RunFolder, build_model, load_run, require_record
-from vaflow.train.run_record import RunRecord, is_utf8
+from vaflow.train.run_record import RunRecord, describe, is_utf8, reporter, tensorboard_writer, warn_of_labels
 from vaflow.train.scores import check_complete, evaluate_windows, failed_items
 from vaflow.train.smoothing import FILE as SMOOTHING
 from vaflow.train.smoothing import write_smoothing
-from vaflow.train.training_log import describe, reporter, tensorboard_writer, warn_of_labels
-from vaflow.train.training_loop import seeded
+from vaflow.train.training_loop import Progress, Row, seeded
 from vaflow.train.uncertainty import (
     CALIBRATION,
     TrainingFeatures,

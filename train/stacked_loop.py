@@ -14,15 +14,25 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vaflow.errors import VaflowError
-from vaflow.train.batch import Batch
-from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
+from vaflow.train.batch import Batch, drop_modality
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import Data
-from vaflow.train.masks import drop_modality
-from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.traces import predict_clips
-from vaflow.train.training_loop import check_finite, end_epoch, epoch_losses, in_order, is_finished, seed_from
+from vaflow.train.training_loop import (
+    Progress,
+    Row,
+    check_finite,
+    end_epoch,
+    epoch_losses,
+    in_order,
+    is_finished,
+    lr_factor,
+    make_optimizer,
+    resume,
+    save_checkpoint,
+    seed_from,
+)
 from vaflow.train.windows import Prefetcher, gather_each
 
 # Errors that end one run while the others continue: bad data, a device error, lack of memory, a full disk.

@@ -1,4 +1,4 @@
-"""Traces: a model's windows -> predictions for every frame of the clips, and their CSV files.
+"""Traces: predictions for every frame of the clips, from the predictions of a model for windows.
 
 `stitch` averages overlapping windows, and values are clipped to [-1, 1].
 """

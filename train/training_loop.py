@@ -1,13 +1,17 @@
 """The training loop: AdamW over shuffled windows, validation after each epoch, best weights, exact resumption.
 
+The state after each epoch is a `Progress`; a checkpoint holds it with the weights and the state of the optimizer.
+
 Heads and fine-tuning share everything here but the batches that they read and how a gradient comes about.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from math import cos, pi
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,23 +19,163 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaflow.errors import DataError, explain
-from vaflow.train.batch import Batch, Output
-from vaflow.train.checkpoint import Progress, Row, resume, save_checkpoint
+from vaflow.errors import CorruptError, DataError, explain
+from vaflow.files import read_tensors, write_tensors
+from vaflow.train.batch import Batch, Output, drop_modality
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.losses import LOSS_SETTINGS, total_loss
-from vaflow.train.masks import drop_modality
 from vaflow.train.metrics import DIMENSIONS, SCORES, mean_over_dimensions, within_video_ccc
-from vaflow.train.optimizer import lr_factor, make_optimizer
 from vaflow.train.scores import score
 from vaflow.train.traces import Trace, predict_clips
 from vaflow.train.windows import Prefetcher, WindowSet
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, float]
 CHECK_EVERY = 50  # steps between two checks of the losses: each check waits for the device
 AUTO_EPOCHS = (3, 1000)  # of epochs=auto: epochs without progress before it stops (at least), epochs in all (at most)
 Source = TypeVar("Source")
+PARTS = ("total", "ccc", "kl", "mse", "nll")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a training: epochs done, their history, the best weights so far.
+
+    Attributes:
+        epoch: number of epochs done.
+        history: a row per epoch.
+        best: tensors of the best epoch, on the CPU.
+        best_epoch: counted from 1; 0: none yet. best_score: its mean CCC (with best=within: within videos).
+        each: with best=each: dimension -> tensors of its best epoch; each_epoch, each_score: that epoch, its score.
+    """
+
+    epoch: int = 0
+    history: tuple[Row, ...] = ()
+    best: Mapping[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_score: float = float("-inf")
+    each: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    each_epoch: Mapping[str, int] = field(default_factory=dict)
+    each_score: Mapping[str, float] = field(default_factory=dict)
+
+
+def resume(
+    checkpoint: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Progress:
+    """Restore the state after the last epoch from `checkpoint` if it exists; return the progress."""
+    if checkpoint is None or not checkpoint.is_file():
+        return Progress()
+    progress = load_checkpoint(checkpoint, model, optimizer)
+    log.info("Resuming after epoch %d%s", progress.epoch, "" if config.epochs == AUTO else f" of {config.epochs}")
+    return progress
+
+
+def save_checkpoint(path: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write weights, best weights and the optimizer's state to one file, and the rest as JSON into its header."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
+    tensors |= {f"each-{k}/{name}": tensor for k, kept in progress.each.items() for name, tensor in kept.items()}
+    tensors |= {f"optimizer/{i}/{key}": value for i, entry in state.items() for key, value in entry.items()}
+    note = {
+        "epoch": progress.epoch,
+        "history": progress.history,
+        "best_epoch": progress.best_epoch,
+        "best_score": progress.best_score,
+        "each_epoch": progress.each_epoch,
+        "each_score": progress.each_score,
+    }
+    write_tensors(path, tensors, {"progress": json.dumps(note)})
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore the model and the optimizer; return the progress.
+
+    Raises:
+        CorruptError: the file is damaged.
+    """
+    tensors, note = read_tensors(path)
+    try:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        model.load_state_dict(parts["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            number, _, key = name.partition("/")
+            state.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        facts = json.loads(note["progress"])
+        each = {part.removeprefix("each-"): kept for part, kept in parts.items() if part.startswith("each-")}
+        return Progress(**{**facts, "history": tuple(facts["history"]), "best": parts["best"], "each": each})
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        remedy = "Delete it to train from the start"
+        raise CorruptError(explain(f"{path} is not a checkpoint of this run", got=error, remedy=remedy)) from error
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return adamw([(trainable, config.lr)], config)
+
+
+def adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its learning rate; empty groups are left out."""
+    named = [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+    return AdamW(named, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW, which collects the tensors of its state once instead of at every step.
+
+    A step of a small head otherwise takes longer to collect and count them than to compute.
+    """
+
+    _collected: list[tuple[Tensor, list[list[Tensor]]]] | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state; the next step collects its tensors again."""
+        super().load_state_dict(state_dict)
+        self._collected = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, as `torch.optim.AdamW` does. Closures are not supported."""
+        groups = [group["params"] for group in self.param_groups]
+        if any(p.grad is None or p not in self.state for params in groups for p in params):
+            super().step()  # creates the state, and passes over parameters without a gradient
+            self._collected = None
+            return
+        if self._collected is None:
+            self._collected = [self._collect(params) for params in groups]
+        for group, (steps, state) in zip(self.param_groups, self._collected, strict=True):
+            steps += 1
+            beta1, beta2 = group["betas"]
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            gradients = [p.grad for p in group["params"]]
+            torch._fused_adamw_(group["params"], gradients, *state, beta1=beta1, beta2=beta2, **options)
+
+    def _collect(self, params: list[nn.Parameter]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Numbers of steps of a group as one tensor, [N]; its state in the order of the kernel."""
+        states = [self.state[p] for p in params]
+        steps = torch.stack([state["step"] for state in states])
+        for state, of_parameter in zip(states, steps, strict=True):
+            state["step"] = of_parameter
+        means, squares, counts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        return steps, [means, squares, [], counts]
+
+
+def lr_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Factor of the learning rate at a step, counted from 0: warm-up, then the schedule; in (0, 1]."""
+    warm = config.warmup * steps_per_epoch
+    if step + 1 <= warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    total = max(1.0, config.epochs * steps_per_epoch - warm)
+    return 0.5 * (1 + cos(pi * min(1.0, (step - warm) / total)))
 
 
 @contextmanager
@@ -47,9 +191,6 @@ def seeded(*numbers: int, devices: Sequence[int] | None = None) -> Iterator[None
 def seed_from(*numbers: int) -> int:
     """Combine numbers into one seed; their order matters."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-PARTS = ("total", "ccc", "kl", "mse", "nll")
 
 
 def batch_loss(output: Output, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:

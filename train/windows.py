@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vaflow.errors import UsageError, explain
 from vaflow.timeline import Bools, Floats
-from vaflow.train.batch import VISUAL, Batch, ExtraRows, ExtraTargets, StreamSpec
+from vaflow.train.batch import AUDIO, VISUAL, Batch, ExtraRows, ExtraTargets, StreamSpec
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -371,3 +372,19 @@ def tensors_of(value: object) -> Iterator[Tensor]:
             yield from tensors_of(part)
     elif hasattr(value, "__dict__"):
         yield from tensors_of(vars(value))
+
+
+def without_modality(windows: WindowSet, modality: str) -> WindowSet:
+    """The same windows with every stream of a modality marked as missing.
+
+    Raises:
+        UsageError: not a modality, the windows have no stream of it, or no other stream.
+    """
+    if modality not in (VISUAL, AUDIO):
+        raise UsageError(explain("Unknown modality", got=modality, choices=(VISUAL, AUDIO)))
+    names = {stream.name for stream in windows.streams if stream.kind == modality}
+    if not names or len(names) == len(windows.streams):
+        problem = f"--without {modality} leaves the run without input"
+        got = "one that reads " + ", ".join(f"{s.name} ({s.kind})" for s in windows.streams)
+        raise UsageError(explain(problem, expected="a run that reads a visual and an audio stream", got=got))
+    return windows.without(frozenset(names))

@@ -105,8 +105,7 @@ class Run:
             DataError: the video cannot be read.
             WeightsError: weights of an encoder are missing.
         """
-        from vaflow.predict import predict_media
-        from vaflow.predict_settings import PredictConfig
+        from vaflow.predict import PredictConfig, predict_media
 
         if Path(video).is_dir():
             remedy = f"vaflow predict {self.path} {video} --out DIR"

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from vaflow.cache import Cache
-from vaflow.cache.json_documents import canonical
+from vaflow.cache.layout import canonical
 from vaflow.cache.schema import StreamInfo
 from vaflow.encoders import build_encoder
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.predict import ClipFeatures, Predicted, PredictSummary, write_clip
-from vaflow.predict_settings import PredictConfig, clips_of
+from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, clips_of, write_clip
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.json_documents import fingerprint
+from vaflow.cache.layout import fingerprint
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip
 from vaflow.errors import CacheError, MediaError, UsageError, explain
-from vaflow.extract.source_identity import PARTS, part_of, same_part
+from vaflow.extract.source_files import PARTS, part_of, same_part
 from vaflow.train.ensemble import maker_of, members_of
 from vaflow.train.inputs import InputStream
 from vaflow.train.metrics import DIMENSIONS

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import FACES
-from vaflow.datasets.clip import Annotation, Clip
+from vaflow.datasets.clip import Annotation, Clip, person_item
 from vaflow.datasets.labels import clock_gap, clock_problem, on_clock
 from vaflow.errors import MediaError
 from vaflow.extract.audio import SILENT_PEAK, decode_audio
@@ -25,9 +25,8 @@ from vaflow.extract.decoding_pool import Failed, each
 from vaflow.extract.faces.crops import MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, quarter_turn
 from vaflow.extract.faces.detection import shared_detector
 from vaflow.extract.faces.tracking import CutDetector
-from vaflow.extract.image_folders import list_crops, open_stills, read_crop
+from vaflow.extract.source_files import list_crops, open_stills, read_crop
 from vaflow.extract.video import MediaInfo, VideoInfo, probe, to_rgb
-from vaflow.item_names import person_item
 from vaflow.timeline import median_interval
 
 BINS = 240  # of a coverage bar

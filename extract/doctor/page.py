@@ -24,9 +24,9 @@ from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import MediaError
 from vaflow.extract.container import decode, opened
 from vaflow.extract.decoding_pool import Failed, each
-from vaflow.extract.doctor.check import Checked, Report, Summary, describe, occupancy
+from vaflow.extract.doctor import Checked, Report, Summary, describe, occupancy
 from vaflow.extract.doctor.facts import BINS, BORDER, CELLS, LabelStats, some
-from vaflow.extract.image_folders import list_crops, list_stills, read_crop
+from vaflow.extract.source_files import list_crops, list_stills, read_crop
 from vaflow.extract.video import to_rgb
 from vaflow.pages import render
 

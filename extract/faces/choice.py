@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaflow.cache.json_documents import canonical
+from vaflow.cache.layout import canonical
 from vaflow.datasets.files import read_table
 from vaflow.errors import MediaError, UsageError, examples, explain
 from vaflow.extract.audio import HOP

@@ -27,7 +27,7 @@ from vaflow.datasets.affwild2 import strip_side
 from vaflow.datasets.files import SPLITS_FILE, Assignment, head, open_text, separator_of, size_problem, usable
 from vaflow.datasets.labels import MAX_SECONDS, NOT_A_NUMBER, decimal_point
 from vaflow.errors import DataError, UsageError, examples, explain
-from vaflow.extract.source_identity import file_identity, same_file
+from vaflow.extract.source_files import file_identity, same_file
 from vaflow.timeline import Floats
 
 MISSING = NOT_A_NUMBER | {"n/a", "null"}  # cells of spreadsheets and databases as well

@@ -38,7 +38,7 @@ from vaflow.datasets.labels import (
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, command, count, explain
 from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
-from vaflow.extract.source_identity import file_identity, same_file
+from vaflow.extract.source_files import file_identity, same_file
 from vaflow.extract.streams import provenance
 from vaflow.timeline import Bools, Floats, extend, median_interval
 

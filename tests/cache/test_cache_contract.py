@@ -229,7 +229,7 @@ def test_source_and_meta_must_be_plain_json(tmp_path, store):
 
 
 def test_record_paths_must_stay_inside_the_attempt(tmp_path, store):
-    from vaflow.cache.json_documents import seal, unseal
+    from vaflow.cache.layout import seal, unseal
 
     cache = small_cache(tmp_path / "cache", store)
     path: Path = cache.layout.record("visual", "c")

@@ -17,7 +17,7 @@ from cache_toys import arrays, small_cache, stream
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.copy import convert, merge
-from vaflow.cache.json_documents import crc32c, seal
+from vaflow.cache.layout import crc32c, seal
 from vaflow.cache.maintenance import repair, verify
 from vaflow.errors import CacheError, CorruptError, VaflowError
 
@@ -319,7 +319,7 @@ def test_convert_and_merge_list_hostile_items_and_copy_the_rest(path: Path, stor
 def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str, Any]) -> None:
     from hashlib import blake2b
 
-    from vaflow.cache.json_documents import canonical
+    from vaflow.cache.layout import canonical
 
     def mark(document: dict[str, Any]) -> None:
         document.update(change)
@@ -335,7 +335,7 @@ def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str
 @pytest.mark.parametrize("row", [[], [1] * 6, ["one", 1, 1, 1, 1, ["train"]], None, "abcdef", {"a": 1}], ids=str)
 def test_a_hostile_index_is_rebuilt(path: Path, row: object) -> None:
     from vaflow.cache.commit import HEAD, MIDDLE, TAIL
-    from vaflow.cache.json_documents import canonical
+    from vaflow.cache.layout import canonical
 
     table = {"stamp": [0, 0], "settled": True, "rows": {"x.json": row}}
     body = canonical({"schema_version": 1, "streams": {"labels": table}})

@@ -17,7 +17,7 @@ from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import KINDS, Kind
 from vaflow.cli import main
 from vaflow.errors import CorruptError, MissingError, UsageError
-from vaflow.failures import Failure, read_failures, write_failures
+from vaflow.files import Failure, read_failures, write_failures
 
 PAGE = (Path(__file__).parents[2] / "cache_schema.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("## Packed caches")[1].split("\n## ")[0]

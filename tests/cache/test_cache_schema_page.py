@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.cache import create_cache
-from vaflow.cache.json_documents import crc32c, seal, unseal
+from vaflow.cache.layout import crc32c, seal, unseal
 from vaflow.cache.schema import FORMAT, KINDS, SCHEMA_VERSION, STORES, Kind, Record, StreamInfo, escape
 from vaflow.cache.stores import LARGEST_CHUNK
 

@@ -8,7 +8,7 @@ from synthetic_cache import Toy, make_cache
 
 from vaflow.cache import open_cache
 from vaflow.errors import UsageError
-from vaflow.predict_settings import clips_of
+from vaflow.predict import clips_of
 from vaflow.train.run_folder import load_run
 
 NAME = "caf\udce9"  # the byte E9 alone, as in Latin-1: Python reads it as a surrogate

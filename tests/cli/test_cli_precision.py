@@ -9,7 +9,7 @@ import pytest
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
-from vaflow.predict_settings import PredictConfig, extraction_settings
+from vaflow.predict import PredictConfig, extraction_settings
 
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
@@ -81,7 +81,7 @@ def test_encoders_that_have_one_precision_do_not_change_that_of_the_others(
         SimpleNamespace(name=f"{encoder}:one", kind="audio", identity={"encoder": encoder}),
     ]
     warnings: list[str] = []
-    monkeypatch.setattr("vaflow.predict_settings.log.warning", lambda text, names: warnings.append(text % names))
+    monkeypatch.setattr("vaflow.predict.log.warning", lambda text, names: warnings.append(text % names))
     run: Any = SimpleNamespace(record=SimpleNamespace(head_streams=streams, tuned=()))
     assert extraction_settings({Path("run"): run}, PredictConfig(device="cpu")).precision == expected
     assert ["several precisions (float32, bfloat16)" in warning for warning in warnings] == [True] * (

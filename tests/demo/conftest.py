@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from vaflow.demo import write_demo
 from vaflow.demo.scenario import DemoClip, DemoConfig, demo_clips
-from vaflow.demo.writer import write_demo
 
 SMALL: dict[str, Any] = {"train": 9, "val": 2, "test": 1, "seconds": 12, "rate": 10, "width": 160, "height": 120}
 

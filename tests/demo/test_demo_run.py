@@ -11,7 +11,7 @@ import pytest
 
 from vaflow.cache import open_cache
 from vaflow.cli import main
-from vaflow.demo.writer import DemoResult, describe
+from vaflow.demo import DemoResult, describe
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"agreement.png", "training.png", "trace-val01.png"}

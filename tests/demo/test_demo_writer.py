@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vaflow.demo.writer import write_demo
+from vaflow.demo import write_demo
 from vaflow.errors import UsageError
 
 LABEL_FOLDERS = ("Train_Set", "Validation_Set")

@@ -20,9 +20,9 @@ from vaflow.datasets.videos import read_csv
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import DataError, MediaError
 from vaflow.extract.decoding_pool import AudioEnd, Done, Failed, Job, each
-from vaflow.extract.image_folders import list_crops, open_stills, read_crop
 from vaflow.extract.importing.feature_files import FeatureFile, read_features, signature
 from vaflow.extract.importing.labels import read_targets
+from vaflow.extract.source_files import list_crops, open_stills, read_crop
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaflow.datasets import Clip, Note, open_dataset
-from vaflow.extract.doctor.check import Checked, Report, check_dataset, describe, document, occupancy
+from vaflow.extract.doctor import Checked, Report, check_dataset, describe, document, occupancy
 from vaflow.extract.doctor.facts import drift, label_stats, merge_stats, spans
 
 RATE = 25
@@ -273,7 +273,7 @@ def test_an_interrupt_cancels_pending_clips(tmp_path: Path, monkeypatch: pytest.
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vaflow.extract.doctor.check.check_clip", _slow)
+    monkeypatch.setattr("vaflow.extract.doctor.check_clip", _slow)
     with pytest.raises(KeyboardInterrupt):
         check_dataset(open_dataset(tmp_path), progress=interrupt)
     assert not multiprocessing.active_children()
@@ -289,7 +289,7 @@ def _die(clip: Clip, **_: object) -> Checked:
 def test_a_decoder_crash_is_a_finding_of_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         (tmp_path / f"{number}.mp4").touch()
-    monkeypatch.setattr("vaflow.extract.doctor.check.check_clip", _die)
+    monkeypatch.setattr("vaflow.extract.doctor.check_clip", _die)
     report = check_dataset(open_dataset(tmp_path))
     assert [checked.clip.id for checked in report.checked] == ["0", "1", "2", "3"]
     (note,) = findings(report, "unreadable", "error").values()

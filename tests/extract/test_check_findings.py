@@ -12,10 +12,10 @@ from make_media import AudioTrack, VideoTrack, tones, write_media
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Clip, Note, open_dataset
-from vaflow.extract.doctor.check import SAMPLE, Report, check_clip, check_dataset, document, same_content
+from vaflow.extract.doctor import SAMPLE, Report, check_clip, check_dataset, document, same_content
 from vaflow.extract.doctor.facts import BINS, CELLS, coverage, crop_facts, label_stats
 from vaflow.extract.doctor.findings import COSTS, constant_scores, shift_loss
-from vaflow.extract.source_identity import file_identity
+from vaflow.extract.source_files import file_identity
 from vaflow.train.metrics import region_occupancy
 
 EVEN = tuple(range(0, 1600, 40))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vaflow.cli import main
 from vaflow.datasets import Clip, open_dataset
-from vaflow.extract.doctor.check import Checked, Report, check_dataset
+from vaflow.extract.doctor import Checked, Report, check_dataset
 from vaflow.extract.doctor.facts import BINS
 from vaflow.extract.doctor.page import (
     CLIPS_WITH_IMAGES,

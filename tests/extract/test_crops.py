@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from vaflow.errors import MediaError
-from vaflow.extract.image_folders import crops_identity, list_crops, read_crop
-from vaflow.extract.source_identity import content_digest, file_identity, same_file
+from vaflow.extract.source_files import content_digest, crops_identity, file_identity, list_crops, read_crop, same_file
 
 
 def draw(path: Path, value: int = 0, size: int = 8) -> Path:

@@ -12,9 +12,9 @@ from vaflow.cache import create_cache, open_cache
 from vaflow.cache.maintenance import verify
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.errors import DataError, FingerprintError, UsageError
+from vaflow.extract.importing import ImportConfig, ImportSummary, import_features
 from vaflow.extract.importing.feature_files import find_features, read_features, signature
-from vaflow.extract.importing.features import ImportConfig, ImportSummary, import_features
-from vaflow.failures import Failure, read_failures, write_failures
+from vaflow.files import Failure, read_failures, write_failures
 
 RNG = np.random.default_rng(0)
 

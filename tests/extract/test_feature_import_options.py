@@ -9,8 +9,8 @@ import pytest
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError
+from vaflow.extract.importing import ImportConfig, ImportSummary, import_features
 from vaflow.extract.importing.feature_files import Columns
-from vaflow.extract.importing.features import ImportConfig, ImportSummary, import_features
 
 RNG = np.random.default_rng(0)
 

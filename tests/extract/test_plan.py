@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache, open_cache
-from vaflow.cache.json_documents import source_stamp
+from vaflow.cache.layout import source_stamp
 from vaflow.cache.schema import Array, StreamInfo
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import CorruptError
@@ -17,7 +17,7 @@ from vaflow.extract import durations
 from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.plan import Plan, make_plan
-from vaflow.extract.source_identity import file_status, sources_of
+from vaflow.extract.source_files import file_status, sources_of
 from vaflow.extract.streams import source_of
 
 STREAMS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vaflow.extract.plan import Extracted, OutcomeRecorder, Summary
-from vaflow.failures import FailureLog
+from vaflow.files import FailureLog
 
 
 def test_progress_advances_within_a_long_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from vaflow.datasets import Clip, open_dataset
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.decoding_pool import AudioBlock, AudioEnd, Clock, Done, Face, FacesEnd, Failed, Job, Message
-from vaflow.extract.doctor.check import check_dataset
-from vaflow.extract.image_folders import list_stills, open_stills, stills_at, stills_identity
+from vaflow.extract.doctor import check_dataset
+from vaflow.extract.source_files import list_stills, open_stills, stills_at, stills_identity
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 
@@ -152,7 +152,7 @@ def test_image_folders_without_frame_numbers_fail(tmp_path: Path, name: str) -> 
 
 
 def check_dataset_of(clip: Clip) -> bool:
-    from vaflow.extract.doctor.check import check_clip
+    from vaflow.extract.doctor import check_clip
 
     return [note.code for note in check_clip(clip).findings if note.severity == "error"] == ["unreadable"]
 

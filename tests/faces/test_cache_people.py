@@ -13,7 +13,7 @@ from composites import cut, in_a_row, one_after_another, write
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.maintenance import verify
 from vaflow.cli import main
-from vaflow.failures import read_failures
+from vaflow.files import read_failures
 
 OPTIONS = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--workers", "1", "--pixels", "-q"]
 SECONDS = 3

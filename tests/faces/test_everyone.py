@@ -10,19 +10,17 @@ import torch
 from composites import in_a_row, one_after_another, write
 
 from vaflow.cache import Cache, open_cache
-from vaflow.cache.maintenance import absent_clips
 from vaflow.cli import main
 from vaflow.datasets import open_dataset
-from vaflow.datasets.clip import Clip
+from vaflow.datasets.clip import Clip, clip_and_person
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import FingerprintError, UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract, extract_with
-from vaflow.extract.plan import Summary, check_items, is_divided
-from vaflow.failures import read_failures
-from vaflow.item_names import clip_and_person
-from vaflow.predict_settings import items_of
+from vaflow.extract.plan import Summary, absent_clips, check_items, is_divided
+from vaflow.files import read_failures
+from vaflow.predict import items_of
 
 CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)
 SECONDS = 4

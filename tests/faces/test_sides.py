@@ -14,7 +14,7 @@ from vaflow.cli import main
 from vaflow.datasets import open_dataset
 from vaflow.encoders.base import VisualEncoder
 from vaflow.extract.config import ExtractConfig
-from vaflow.extract.doctor.check import check_dataset
+from vaflow.extract.doctor import check_dataset
 from vaflow.extract.pipeline import extract_with
 
 

@@ -155,7 +155,7 @@ def test_extraction_reports_lost_permission(lab: Lab, media: Path, whole: Path, 
 
 
 @pytest.mark.parametrize(
-    "stage", ["train.training_loop.train_step", "train.checkpoint.write_tensors", "train.session.write_evaluation"]
+    "stage", ["train.training_loop.train_step", "train.training_loop.write_tensors", "train.session.write_evaluation"]
 )
 def test_training_reports_lost_permission(lab: Lab, toys: Path, whole_run: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "run"

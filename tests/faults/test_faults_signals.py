@@ -29,7 +29,7 @@ EXTRACTING = {  # stage -> function and the index of its call
 TRAINING = {
     "loading": ("vaflow.train.data.load_split", 2),
     "training": ("vaflow.train.training_loop.train_step", 5),
-    "writing the checkpoint": ("vaflow.train.checkpoint.write_tensors", 2),
+    "writing the checkpoint": ("vaflow.train.training_loop.write_tensors", 2),
     "evaluating": ("vaflow.train.training_loop.predict_clips", 2),
     "scoring at the end": ("vaflow.train.session.evaluate_windows", 1),
     "writing predictions": ("vaflow.train.session.write_evaluation", 1),

@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.copy import convert
-from vaflow.cache.json_documents import seal
+from vaflow.cache.layout import seal
 from vaflow.cache.maintenance import open_for_repair, repair, verify
 from vaflow.cache.schema import StreamInfo
 from vaflow.datasets.labels import on_clock

@@ -22,7 +22,7 @@ from vaflow.datasets import Clip
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import MediaError
 from vaflow.extract.decoding_pool import AudioBlock, Clock, Done, Face, Failed, Job
-from vaflow.extract.doctor.check import check_clip
+from vaflow.extract.doctor import check_clip
 from vaflow.extract.worker import run_job
 from vaflow.timeline import Grid
 

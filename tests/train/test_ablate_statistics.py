@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from vaflow.errors import CorruptError
 from vaflow.train.ablate.workers import read_moments, write_moments
-from vaflow.train.metrics import video_moments
-from vaflow.train.statistics import (
+from vaflow.train.metrics import (
     bootstrap_interval,
     paired_difference,
     percentile_interval,
     resampled_ccc,
     shared_draws,
+    video_moments,
 )
 
 Floats = NDArray[np.float64]

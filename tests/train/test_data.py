@@ -19,8 +19,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split, load_windows, make_packs
 from vaflow.train.inputs import check_same, resolve
 from vaflow.train.metrics import region_occupancy
-from vaflow.train.run_record import clip_digests
-from vaflow.train.training_log import describe_labels
+from vaflow.train.run_record import clip_digests, describe_labels
 from vaflow.train.windows import WindowSet
 
 GRID = Toy().grid

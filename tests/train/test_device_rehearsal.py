@@ -16,13 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_batches import AUDIO_STREAM, AUDIO_STREAM_2, VISUAL_STREAM, VISUAL_STREAM_2
 
-from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec
+from vaflow.train.batch import AUDIO, BINARY, CLASSES, Batch, ExtraTargets, StreamSpec, TargetSpec, drop_modality
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads import NORMALIZE, VAModel
 from vaflow.train.heads.fusion import FUSION, POSITIONS
 from vaflow.train.heads.temporal import TEMPORAL
 from vaflow.train.losses import total_loss
-from vaflow.train.masks import drop_modality
 from vaflow.train.run_folder import build_model
 from vaflow.train.stacked_models import StackedModels, stacked_batch
 from vaflow.train.windows import Prefetcher, StreamTable, WindowSet, gather_each, tensors_of

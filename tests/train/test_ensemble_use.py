@@ -15,8 +15,7 @@ from vaflow.datasets import Dataset
 from vaflow.errors import UsageError
 from vaflow.extract.config import ExtractConfig
 from vaflow.extract.plan import Summary
-from vaflow.predict import predict_media
-from vaflow.predict_settings import PredictConfig
+from vaflow.predict import PredictConfig, predict_media
 from vaflow.provenance import find_provenance
 from vaflow.timeline import Grid
 from vaflow.train.config import TrainConfig

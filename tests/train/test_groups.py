@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vaflow.errors import UsageError
-from vaflow.train.groups import Scored, by_group, read_groups
+from vaflow.train.folds import read_groups
 from vaflow.train.metrics import by_intensity, intensity_bins
+from vaflow.train.scores import Scored, by_group
 
 
 def ccc(x: np.ndarray, y: np.ndarray) -> float:

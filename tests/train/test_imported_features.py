@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vaflow.cache import Cache, open_cache
-from vaflow.extract.importing.features import ImportConfig, import_features
+from vaflow.extract.importing import ImportConfig, import_features
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.inputs import resolve

@@ -21,11 +21,10 @@ from vaflow.train.data import Data, load_split
 from vaflow.train.folds import make_folds
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, total_loss
-from vaflow.train.optimizer import make_optimizer
 from vaflow.train.scores import evaluate_windows
 from vaflow.train.session import new_model
 from vaflow.train.traces import predict_clips
-from vaflow.train.training_loop import train_step
+from vaflow.train.training_loop import make_optimizer, train_step
 from vaflow.train.windows import WindowSet
 
 

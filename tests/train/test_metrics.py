@@ -10,6 +10,7 @@ from scipy import stats
 from vaflow.errors import UsageError
 from vaflow.train.losses import ccc, hard_labels
 from vaflow.train.metrics import (
+    bootstrap_interval,
     concordance,
     concordance_of_moments,
     mean_over_dimensions,
@@ -21,7 +22,6 @@ from vaflow.train.metrics import (
     video_moments,
     within_video_ccc,
 )
-from vaflow.train.statistics import bootstrap_interval
 
 Video = tuple[np.ndarray, np.ndarray, np.ndarray]
 

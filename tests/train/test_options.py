@@ -15,18 +15,18 @@ from vaflow.cache import Cache
 from vaflow.errors import CorruptError, UsageError
 from vaflow.files import read_tensors
 from vaflow.timeline import Grid, nearest
-from vaflow.train.batch import Batch
+from vaflow.train.batch import Batch, drop_modality
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
 from vaflow.train.evaluate import choose_smoothing, evaluate_run, store_smoothing
 from vaflow.train.inputs import resolve
 from vaflow.train.losses import ccc_loss, masked_mse, total_loss
-from vaflow.train.masks import drop_modality, without_modality
 from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.scores import score
 from vaflow.train.smoothing import Smoothing, read_smoothing, write_smoothing
 from vaflow.train.traces import predict_clips
 from vaflow.train.train_run import Result, train_run
+from vaflow.train.windows import without_modality
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=8, attention_heads=2, lr=1e-2, batch_size=8, epochs=4, device="cpu", kl_weight=0)

@@ -17,7 +17,7 @@ from vaflow.cli.predict import predictions_table
 from vaflow.errors import FingerprintError
 from vaflow.extract.config import ExtractConfig
 from vaflow.predict import Predicted
-from vaflow.viewer.predictions import find_predictions
+from vaflow.viewer import find_predictions
 
 SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
 TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]

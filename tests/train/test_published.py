@@ -14,8 +14,7 @@ from vaflow.cache import Cache
 from vaflow.cli import main
 from vaflow.encoders import weights as weights_module
 from vaflow.errors import CorruptError, UsageError, WeightsError
-from vaflow.train.pretrained_model import PretrainedModel
-from vaflow.train.run_export import Heads
+from vaflow.train.run_export import Heads, PretrainedModel
 from vaflow.train.run_folder import cache_of, load_run, local_run
 from vaflow.train.smoothing import Smoothing, write_smoothing
 

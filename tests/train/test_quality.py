@@ -12,9 +12,8 @@ from vaflow.cache.schema import FACES, LABELS, LOGMEL, StreamInfo
 from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig, merge
 from vaflow.train.data import load_split
-from vaflow.train.inputs import resolve
-from vaflow.train.masks import during_speech, face_quality, frame_columns, speech_activity
-from vaflow.train.prediction_files import prediction_csv
+from vaflow.train.inputs import during_speech, face_quality, resolve, speech_activity
+from vaflow.train.prediction_files import frame_columns, prediction_csv
 from vaflow.train.traces import Trace
 from vaflow.train.windows import WindowSet
 

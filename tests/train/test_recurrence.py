@@ -11,7 +11,7 @@ from toy_batches import inside_mask
 from vaflow.train.config import TrainConfig
 from vaflow.train.heads.recurrence import run_recurrent
 from vaflow.train.heads.temporal import Recurrent, run_together
-from vaflow.train.optimizer import make_optimizer
+from vaflow.train.training_loop import make_optimizer
 
 WIDTH, HIDDEN = 6, 5
 MASKS = ((4, 4, 4), (4, 1, 2), (1, 1, 1), (3, 4, 0))

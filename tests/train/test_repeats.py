@@ -12,7 +12,7 @@ from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cli import main
 from vaflow.files import read_tensors
-from vaflow.train.checkpoint import save_checkpoint
+from vaflow.train.training_loop import save_checkpoint
 
 SETTINGS = ["--set", "hidden=8", "--set", "attention_heads=2", "--set", "batch_size=4", "--device", "cpu"]
 GRID = f"""

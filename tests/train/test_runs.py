@@ -14,7 +14,6 @@ from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
 from vaflow.files import read_tensors, write_tensors
 from vaflow.train import session
 from vaflow.train.batch import Batch
-from vaflow.train.checkpoint import Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_data
 from vaflow.train.evaluate import evaluate_run
@@ -22,6 +21,7 @@ from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import PROTOTYPES, RunFolder, load_run
 from vaflow.train.run_record import RunRecord, new_record
 from vaflow.train.train_run import Result, train_run
+from vaflow.train.training_loop import Row
 from vaflow.viewer.run_results import read_history
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=3, device="cpu")

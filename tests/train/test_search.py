@@ -17,8 +17,21 @@ from vaflow.train.config import TrainConfig, read_settings
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.folds import split_items
 from vaflow.train.run_record import from_json
-from vaflow.train.search_space import Choice, Range, Space, read_space
-from vaflow.train.search_trials import DONE, FAILED, STOPPED, Log, Trial, continues, importances, propose, rungs
+from vaflow.train.search_space import (
+    DONE,
+    FAILED,
+    STOPPED,
+    Choice,
+    Log,
+    Range,
+    Space,
+    Trial,
+    continues,
+    importances,
+    propose,
+    read_space,
+    rungs,
+)
 
 pytest.importorskip("optuna")
 

@@ -16,7 +16,6 @@ from vaflow.cache.schema import LABELS, LOGMEL, StreamInfo
 from vaflow.errors import CorruptError, DataError
 from vaflow.files import read_tensors
 from vaflow.train.batch import BINARY, CLASSES, Batch
-from vaflow.train.checkpoint import Progress, save_checkpoint
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import Data, LoadedSplits, data_key, load_data
 from vaflow.train.heads import NORMALIZE
@@ -28,7 +27,7 @@ from vaflow.train.session import new_model
 from vaflow.train.stacked_loop import Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels
 from vaflow.train.train_run import Result
-from vaflow.train.training_loop import fit
+from vaflow.train.training_loop import Progress, fit, save_checkpoint
 from vaflow.train.windows import gather_each
 
 CPU = torch.device("cpu")

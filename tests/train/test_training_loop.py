@@ -14,16 +14,14 @@ from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import CorruptError, DataError
 from vaflow.files import write_tensors
-from vaflow.train.checkpoint import Progress, Row
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.inputs import Inputs, resolve
 from vaflow.train.losses import total_loss
-from vaflow.train.optimizer import adamw, lr_factor, make_optimizer
 from vaflow.train.run_folder import build_model
 from vaflow.train.scores import score
 from vaflow.train.traces import predict_clips
-from vaflow.train.training_loop import fit, seeded, train_step
+from vaflow.train.training_loop import Progress, Row, adamw, fit, lr_factor, make_optimizer, seeded, train_step
 from vaflow.train.windows import StreamTable, WindowSet
 
 CONFIG = TrainConfig(hidden=16, lr=3e-3, batch_size=8, epochs=4)

@@ -10,7 +10,7 @@ from numbered_clip import HEIGHT, WIDTH, write_clips
 from vaflow.cli import main
 from vaflow.errors import MediaError
 from vaflow.predict import Predicted, PredictSummary
-from vaflow.viewer.predictions import read_predictions
+from vaflow.viewer import read_predictions
 from vaflow.viewer.video import MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
 
 

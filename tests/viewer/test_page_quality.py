@@ -121,7 +121,7 @@ def test_hostile_names_are_shown_as_text(open_page: OpenPage, tmp_path: Path) ->
 
 def test_a_hostile_csv_is_rejected_or_shown_as_numbers(tmp_path: Path) -> None:
     from vaflow.errors import CorruptError
-    from vaflow.viewer.predictions import read_predictions
+    from vaflow.viewer import read_predictions
 
     for text in (
         "frame,time,valence,arousal\n0,0.0,<script>,1\n",

@@ -14,7 +14,7 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.viewer.predictions import find_predictions, list_runs
+from vaflow.viewer import find_predictions, list_runs
 from vaflow.viewer.report import paired_differences, write_report
 from vaflow.viewer.run_results import read_run, read_runs
 
@@ -236,7 +236,7 @@ def test_the_list_of_runs_does_not_connect_to_object_stores(tmp_path: Path, monk
     write_run(tmp_path / "run")
     file = tmp_path / "run/predictions/val/sources.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"cache": "s3://bucket/cache"}))
-    monkeypatch.setattr("vaflow.viewer.predictions.open_cache", pytest.fail)
+    monkeypatch.setattr("vaflow.viewer.open_cache", pytest.fail)
     assert [line.outdated for line in list_runs(tmp_path)] == [()]
 
 

@@ -18,9 +18,9 @@ from vaflow.encoders import demonstration_notice
 from vaflow.train import plots
 from vaflow.train.traces import Trace
 from vaflow.train.windows import ClipRows
+from vaflow.viewer import Predictions, read_predictions
 from vaflow.viewer.clip_data import masks_of, payload, scores_of
 from vaflow.viewer.page import write_viewer
-from vaflow.viewer.predictions import Predictions, read_predictions
 from vaflow.viewer.report import band, write_report
 from vaflow.viewer.run_results import read_run
 from vaflow.viewer.video import BAND, write_overlay

@@ -12,9 +12,9 @@ from numbered_clip import read_number, write_clip, write_predictions
 from until import until
 
 from vaflow.errors import UsageError
+from vaflow.viewer import PredictedClip
 from vaflow.viewer.clip_data import HOP, RATE, MediaIndex, audio_level, detect_boxes, probe, speech_spans
 from vaflow.viewer.page import ViewConfig, write_viewer
-from vaflow.viewer.predictions import PredictedClip
 from vaflow.viewer.video import transcode
 
 OpenPage = Callable[..., Any]

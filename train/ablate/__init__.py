@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
-from vaflow.failures import FAILURES, Failure, write_failures
-from vaflow.files import lock_folder, write_file
+from vaflow.files import FAILURES, Failure, lock_folder, write_failures, write_file
 from vaflow.train.ablate.pool import RUNS, Outcome, run_all
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
 from vaflow.train.ablate.results import Results, collect, compare_encoders

@@ -21,15 +21,15 @@ from vaflow.train.ablate.pool import RUNS
 from vaflow.train.ablate.tables import Entry, Schedule, Study, Table, parse_study
 from vaflow.train.ablate.workers import Ended, read_moments
 from vaflow.train.config import NONE
-from vaflow.train.metrics import SCORES
-from vaflow.train.run_folder import RunFolder
-from vaflow.train.statistics import (
+from vaflow.train.metrics import (
+    SCORES,
     PairedDifference,
     paired_difference,
     percentile_interval,
     resampled_ccc,
     shared_draws,
 )
+from vaflow.train.run_folder import RunFolder
 
 ENCODERS = "encoders"  # name of the table of a cache's encoders
 COSTS = ("stream", "dimensions", "layers", "MB", "parameters (M)", "s per minute", "device", "precision")

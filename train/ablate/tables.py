@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
-from vaflow.cache.json_documents import canonical
+from vaflow.cache.layout import canonical
 from vaflow.cache.schema import LABELS, LOGMEL, PIXELS
 from vaflow.encoders import is_encoder
 from vaflow.errors import UsageError, explain

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import FingerprintError, UsageError, explain
-from vaflow.train.checkpoint import Progress
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import Data, load_data
 from vaflow.train.finetune.backbones import (
@@ -41,7 +40,7 @@ from vaflow.train.run_folder import RunFolder, load_run
 from vaflow.train.run_record import RunRecord
 from vaflow.train.session import Session, new_model, reproducible
 from vaflow.train.traces import predict_clips
-from vaflow.train.training_loop import run_epochs
+from vaflow.train.training_loop import Progress, run_epochs
 from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)

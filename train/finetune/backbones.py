@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vaflow.cache import Cache
-from vaflow.cache.json_documents import fingerprint
+from vaflow.cache.layout import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS, escape
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import cut

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vaflow.train import training_loop
-from vaflow.train.batch import VISUAL, Batch, Output
-from vaflow.train.checkpoint import Row
+from vaflow.train.batch import VISUAL, Batch, Output, drop_modality
 from vaflow.train.config import TrainConfig
 from vaflow.train.finetune.backbones import Augment, Backbone, Source
 from vaflow.train.heads import VAModel
 from vaflow.train.losses import REGIONS
-from vaflow.train.masks import drop_modality
-from vaflow.train.optimizer import adamw
-from vaflow.train.training_loop import batch_loss, seeded, update
+from vaflow.train.training_loop import Row, adamw, batch_loss, seeded, update
 from vaflow.train.windows import StreamTable, WindowSet, ahead, to_device
 
 # Padded batch sizes of `encode_split`: those of `vaflow extract`, because the low bits depend on the batch size.

@@ -20,8 +20,7 @@ from vaflow.cache.commit import (
     load_stream,
     saved_at_intervals,
 )
-from vaflow.cache.json_documents import fingerprint, now, plain
-from vaflow.cache.layout import Layout
+from vaflow.cache.layout import Layout, fingerprint, now, plain
 from vaflow.cache.schema import (
     LABELS,
     SCHEMA_VERSION,

@@ -24,7 +24,8 @@ from secrets import token_hex
 from typing import Any, NamedTuple
 
 from vaflow import files
-from vaflow.cache.json_documents import (
+from vaflow.cache.layout import (
+    Layout,
     canonical,
     crc32c,
     file_facts,
@@ -38,7 +39,6 @@ from vaflow.cache.json_documents import (
     stream_from,
     unseal,
 )
-from vaflow.cache.layout import Layout
 from vaflow.cache.schema import FLOAT, KINDS, SCHEMA_VERSION, Record, Rows, StreamInfo, escape
 from vaflow.cache.stores import Store
 from vaflow.errors import CacheError, FingerprintError, UsageError, explain

@@ -16,12 +16,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from vaflow.cache import PathLike, create_cache, is_cache, layout_of, open_cache
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import differences
 from vaflow.cache.costs import carry_costs
-from vaflow.cache.json_documents import canonical
+from vaflow.cache.layout import canonical
 from vaflow.cache.maintenance import load_streams
-from vaflow.cache.opening import PathLike, create_cache, is_cache, layout_of, open_cache
 from vaflow.cache.schema import LABELS, Array, Json, Record, StreamInfo, unescape
 from vaflow.errors import (
     CacheError,
@@ -33,7 +33,7 @@ from vaflow.errors import (
     command,
     explain,
 )
-from vaflow.failures import FAILURES, Failure, read_failures, write_failures
+from vaflow.files import FAILURES, Failure, read_failures, write_failures
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,11 @@ import google_crc32c
 import numpy as np
 
 from vaflow import files
-from vaflow.cache import costs
+from vaflow.cache import PathLike, costs, layout_of
 from vaflow.cache.cache import Cache
 from vaflow.cache.copy import refuse_inside
-from vaflow.cache.json_documents import (
+from vaflow.cache.layout import (
+    Layout,
     canonical,
     crc32c,
     file_facts,
@@ -35,14 +36,11 @@ from vaflow.cache.json_documents import (
     seal,
     stream_document,
 )
-from vaflow.cache.layout import Layout
-from vaflow.cache.opening import PathLike, layout_of
 from vaflow.cache.packed import PackedArray
 from vaflow.cache.remote import url_of
 from vaflow.cache.schema import KINDS, PACKED, Array, Record, StreamInfo
 from vaflow.errors import CacheError, UsageError, command, count, explain, visible
-from vaflow.failures import LISTS
-from vaflow.files import write_file
+from vaflow.files import LISTS, write_file
 
 CHUNK = 2**20  # bytes at most, and one row at least: what zarr reads at a time
 SHARD = 2**29  # bytes at most, and one chunk at least: a file

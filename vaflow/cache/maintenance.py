@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from vaflow import files
+from vaflow.cache import layout_of, open_cache, read_manifest
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record, load_stream
-from vaflow.cache.json_documents import fingerprint, manifest_document, seal
-from vaflow.cache.layout import Layout
-from vaflow.cache.opening import layout_of, open_cache, read_manifest
+from vaflow.cache.layout import Layout, fingerprint, manifest_document, seal
 from vaflow.cache.packed import PackedCache
 from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
 from vaflow.errors import CacheError, CorruptError, UsageError, examples, explain, similar_names, visible
 from vaflow.files import TEMPORARY
-from vaflow.item_names import clip_and_person
 
 GRACE = 3600.0  # seconds after which no writer is still working on an attempt
 _ATTEMPT = re.compile(r"[0-9a-f]{16}(\.h5)?")
@@ -269,30 +267,6 @@ def clip_streams(cache: Cache) -> dict[str, tuple[str, ...]]:
         for item in cache.source_stamps(name):
             clips[item] = (*clips.get(item, ()), name)
     return dict(sorted(clips.items()))
-
-
-def absent_clips(cache: Cache, present: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the clips of the cache whose ids are not in `present`, sorted, with their streams as `clip_streams`.
-
-    The people of a clip (`clip#1`, ...) are present if the clip is.
-    """
-    known = clip_streams(cache)
-    absent = (item for item in known if item not in present and clip_and_person(item)[0] not in present)
-    return {item: known[item] for item in absent}
-
-
-def clips_to_drop(cache: Cache, present: Collection[str], origin: str) -> list[str]:
-    """Return the ids of `absent_clips`, if at least one clip of the cache is in the data set `origin`.
-
-    Raises:
-        UsageError: the cache and the data set share no clip: it is not the data set of this cache.
-    """
-    known, absent = clip_streams(cache), list(absent_clips(cache, present))
-    if known and len(absent) == len(known):
-        expected = f"the data set of this cache, with clips such as {examples(list(known))}"
-        got = f"{len(present)} other clips" if present else "no clips"
-        raise UsageError(explain(f"No clip of {cache.place} is in {origin}", expected=expected, got=got))
-    return absent
 
 
 def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -> dict[str, tuple[str, ...]]:

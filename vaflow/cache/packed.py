@@ -15,8 +15,7 @@ import numpy as np
 from vaflow import files
 from vaflow.cache.cache import Cache
 from vaflow.cache.commit import Folder, Row, load_stream
-from vaflow.cache.json_documents import crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
-from vaflow.cache.layout import Layout
+from vaflow.cache.layout import Layout, crc32c, file_facts, fingerprint, record_from, source_stamp, unseal
 from vaflow.cache.schema import DTYPES, PACKED, Array, Blob, Json, Record, StreamInfo, array_problems, escape
 from vaflow.cache.stores import RAW_CODECS, known_arrays, size_problem
 from vaflow.errors import CorruptError, UsageError, command, explain

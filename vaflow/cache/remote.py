@@ -21,7 +21,7 @@ from typing import Any
 
 from vaflow.cache.schema import escape, is_attempt
 from vaflow.errors import UsageError, explain
-from vaflow.failures import LISTS as FAILURES
+from vaflow.files import LISTS as FAILURES
 from vaflow.files import replace_file
 
 LISTS = (FAILURES, "costs*.jsonl")  # small files of extractions, beside the format

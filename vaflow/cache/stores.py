@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vaflow import files
-from vaflow.cache.json_documents import crc32c
-from vaflow.cache.layout import Layout
+from vaflow.cache.layout import Layout, crc32c
 from vaflow.cache.schema import DTYPES, Array, Blob, Json, Record, Rows, StoreName, parts
 from vaflow.errors import MissingError, explain
 from vaflow.files import TEMPORARY

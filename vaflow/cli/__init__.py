@@ -1,4 +1,4 @@
-"""The `vaflow` command: the subcommands, exit codes, the and the mapping of errors to messages.
+"""The `vaflow` command: the subcommands, exit codes, and the mapping of errors to messages.
 
 Each command parses its options, calls one library function and prints the result. Command modules import nothing heavy
 at the top, so that `vaflow --help` takes a tenth of a second.
@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from vaflow.cli import ablate, cache, cache_import, extract, info, predict, train, view
+from vaflow.cli import ablate, cache, cache_import, common, extract, predict, train, view
 from vaflow.cli.common import PANELS, Command, CommandGroup, help_width, print_error, print_parser_error
 from vaflow.cli.options import command_class, epilog, with_options
 from vaflow.errors import FAILED, INTERRUPTED, TERMINATED, UsageError, VaflowError, explain, is_out_of_memory
@@ -65,7 +65,7 @@ _add(RESULT, predict.trace, hidden=True)
 _add(RESULT, view.view, view.faces, view.report, view.runs)
 app.add_typer(view.app, name="labels", cls=CommandGroup, rich_help_panel=DATA)
 _add("Commands", view.agree, group=view.app)
-_add(MORE, extract.demo, info.info)
+_add(MORE, extract.demo, common.info)
 
 
 @app.callback(invoke_without_command=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vaflow.train.ablate.results import TableResult
     from vaflow.train.ablate.tables import Schedule
     from vaflow.train.search import NestedResult
-    from vaflow.train.search_trials import SearchResult, Trial
+    from vaflow.train.search_space import SearchResult, Trial
 
 Out = Annotated[Path, option("DIR", "Directory of runs and results.")]
 Tables = Annotated[
@@ -257,8 +257,7 @@ def search(
 
     with loading(output):
         from vaflow.train.search import run_nested_search, run_search
-        from vaflow.train.search_space import read_space
-        from vaflow.train.search_trials import SearchOptions
+        from vaflow.train.search_space import SearchOptions, read_space
 
     options = SearchOptions(sampler, folds, train, holdout, seed, halving, device, allow_missing, batch, together)
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
@@ -346,8 +345,7 @@ def folds(
     """
     from vaflow.cache import open_cache
     from vaflow.train.config import TrainConfig
-    from vaflow.train.folds import make_folds
-    from vaflow.train.groups import read_column, warn_unknown
+    from vaflow.train.folds import make_folds, read_column, warn_unknown
 
     opened = open_cache(cache)
     members = read_column(groups) if groups else None

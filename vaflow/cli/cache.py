@@ -168,7 +168,8 @@ def drop(
     Example: vaflow cache drop cache --absent data/ --dry-run
     """
     from vaflow.cache import open_cache
-    from vaflow.cache.maintenance import clips_to_drop, drop_clips
+    from vaflow.cache.maintenance import drop_clips
+    from vaflow.extract.plan import clips_to_drop
 
     if bool(items) == (absent is not None):
         got = "both" if items else "neither"

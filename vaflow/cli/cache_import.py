@@ -89,8 +89,8 @@ def import_(
     from tqdm import tqdm
 
     from vaflow.cache.remote import shown_place
+    from vaflow.extract.importing import ImportConfig, import_features
     from vaflow.extract.importing.feature_files import Columns
-    from vaflow.extract.importing.features import ImportConfig, import_features
 
     config = ImportConfig(stream, kind, rate, dtype, Columns.parse(columns or []), label_rate, normalize_by)
     with tqdm(unit="item", desc="import", disable=not output.bars) as bar:

@@ -28,8 +28,8 @@ from vaflow.process import check_engine
 
 if TYPE_CHECKING:
     from vaflow.cache import Cache
-    from vaflow.extract.doctor.check import Report
-    from vaflow.extract.doctor.check import Summary as CheckSummary
+    from vaflow.extract.doctor import Report
+    from vaflow.extract.doctor import Summary as CheckSummary
     from vaflow.extract.plan import Summary
 
 LISTED = 10  # clips that a message names
@@ -165,8 +165,8 @@ def _print_estimate(facts: dict[str, Any], output: Output) -> None:
 
 def _absent_clips(cache: "Cache", clips: set[str], out: Path, root: Path) -> list[str]:
     """Return the clips of the cache that the dataset lacks; warn about them, with the command that removes them."""
-    from vaflow.cache.maintenance import absent_clips
     from vaflow.cache.remote import shown_place
+    from vaflow.extract.plan import absent_clips
 
     absent = list(absent_clips(cache, clips))
     if absent:
@@ -282,7 +282,7 @@ def check(
 
     from vaflow.cache import open_cache
     from vaflow.datasets import open_dataset
-    from vaflow.extract.doctor.check import check_dataset, document
+    from vaflow.extract.doctor import check_dataset, document
 
     dataset = open_dataset(root, layout)
     if html is not None:
@@ -315,7 +315,7 @@ def check(
 def _overview(report: "Report") -> Iterator[str]:
     """Blocks of text: clips per split, then the labels of the training split (or of all clips) and their regions."""
     from vaflow.encoders.prompts import region_table
-    from vaflow.extract.doctor.check import describe, occupancy
+    from vaflow.extract.doctor import describe, occupancy
 
     yield f"{visible(str(report.root))} (layout {report.layout})"
     splits = report.splits()
@@ -379,7 +379,7 @@ def demo(output: Output, out: DemoOut = Path("demo"), seed: DemoSeed = 0, clips:
     Example: vaflow demo --out large --clips 60
     """
     with loading(output):
-        from vaflow.demo.writer import describe, run_demo
+        from vaflow.demo import describe, run_demo
 
     result = run_demo(out, seed=seed, clips=clips, show_progress=output.bars)
     output.result(lambda: result.metrics, lambda: describe(result))

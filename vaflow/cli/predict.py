@@ -94,8 +94,7 @@ def predict(
     Example: vaflow predict onnx:hsemotion.onnx --va 8,9 interview.mp4 --out predictions
     """
     with loading(output):
-        from vaflow.predict import predict_media
-        from vaflow.predict_settings import PredictConfig
+        from vaflow.predict import PredictConfig, predict_media
 
     config = PredictConfig(device, weight_pairs(weights or []), faces, cache, person, keep_features=html or video)
     bars = output.bars

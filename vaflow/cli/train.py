@@ -262,7 +262,7 @@ def evaluate(
 
     with loading(output):
         from vaflow.train.evaluate import choose_smoothing, evaluate_run
-        from vaflow.train.groups import read_groups, warn_unknown
+        from vaflow.train.folds import read_groups, warn_unknown
         from vaflow.train.run_folder import cache_of
 
     opened = open_cache(cache if cache is not None else cache_of(run))

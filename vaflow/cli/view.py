@@ -118,7 +118,7 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
 
     Example: vaflow runs runs
     """
-    from vaflow.viewer.predictions import list_runs
+    from vaflow.viewer import list_runs
 
     lines = list(list_runs(root))
     if output.json:

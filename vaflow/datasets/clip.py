@@ -1,5 +1,9 @@
-"""The records of a data set: clips, annotations, notes about what a scan decided or left out, and layouts."""
+"""The records of a data set: clips, annotations, notes about what a scan decided or left out, and layouts.
 
+If all people of a clip are extracted, its items are `clip#1`, `clip#2`, ...
+"""
+
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,3 +116,14 @@ class Layout:
     looks_for: str
     detect: Callable[[Path], str | None]
     scan: Callable[[Path], tuple[list[Clip], list[Note]]]
+
+
+def person_item(clip: str, number: int) -> str:
+    """Return the item of person `number` (from 1) of a clip whose people were all extracted."""
+    return f"{clip}#{number}"
+
+
+def clip_and_person(item: str) -> tuple[str, int]:
+    """Return the clip and the number of the person that an item's name states; the item and 0 if it states none."""
+    clip, mark, number = item.rpartition("#")
+    return (clip, int(number)) if mark and clip and re.fullmatch(r"[1-9]\d*", number) else (item, 0)

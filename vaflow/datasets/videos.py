@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vaflow.datasets.clip import Annotation, Clip, Note
+from vaflow.datasets.clip import Annotation, Clip, Note, clip_and_person, person_item
 from vaflow.datasets.files import (
     SPLITS_FILE,
     LeftOut,
@@ -33,7 +33,6 @@ from vaflow.datasets.files import (
 )
 from vaflow.datasets.labels import TARGETS, LabelFile, split_cells
 from vaflow.errors import DataError, examples, explain
-from vaflow.item_names import clip_and_person, person_item
 
 PERSON_LABELS = "person-labels"  # code of the note on labels that only --person all reads
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"

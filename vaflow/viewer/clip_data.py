@@ -14,15 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from vaflow.cache import Cache
 from vaflow.cache.schema import FACES
+from vaflow.datasets.clip import clip_and_person
 from vaflow.datasets.files import walk
 from vaflow.errors import CacheError
 from vaflow.extract.faces.detection import CenterFace
 from vaflow.extract.faces.tracking import PersonTracker
 from vaflow.extract.video import to_rgb
-from vaflow.item_names import clip_and_person
 from vaflow.timeline import Floats, median_interval
 from vaflow.train.metrics import concordance, rmse
-from vaflow.viewer.predictions import DIMENSIONS, PredictedClip, Predictions
+from vaflow.viewer import DIMENSIONS, PredictedClip, Predictions
 
 log = logging.getLogger(__name__)
 

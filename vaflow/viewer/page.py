@@ -32,6 +32,14 @@ from vaflow.errors import DataError, UsageError, explain
 from vaflow.extract.container import frame_times
 from vaflow.files import write_file
 from vaflow.pages import UPLOT, render, script_json
+from vaflow.viewer import (
+    PredictedClip,
+    Predictions,
+    PredictionSet,
+    find_predictions,
+    is_prediction_table,
+    read_predictions,
+)
 from vaflow.viewer.clip_data import (
     UNREADABLE,
     AudioLevel,
@@ -42,14 +50,6 @@ from vaflow.viewer.clip_data import (
     probe,
     scores_of,
     with_boxes,
-)
-from vaflow.viewer.predictions import (
-    PredictedClip,
-    Predictions,
-    PredictionSet,
-    find_predictions,
-    is_prediction_table,
-    read_predictions,
 )
 from vaflow.viewer.video import transcode
 

@@ -26,7 +26,7 @@ from vaflow.errors import UsageError, examples, explain, visible
 from vaflow.files import write_file
 from vaflow.timeline import median_interval
 from vaflow.train.metrics import region_of
-from vaflow.viewer.predictions import (
+from vaflow.viewer import (
     DIMENSIONS,
     PredictedClip,
     Predictions,

@@ -20,7 +20,7 @@ from vaflow.errors import UsageError, count, examples, explain
 from vaflow.files import write_file
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train.metrics import region_of
-from vaflow.viewer.predictions import DIMENSIONS, find_predictions, read_predictions
+from vaflow.viewer import DIMENSIONS, find_predictions, read_predictions
 
 FUSIONS = ("mean", "ewe")
 FUSED = "fused.json"  # beside fused labels: how they were made

@@ -18,8 +18,16 @@ from vaflow.errors import UsageError, command, examples, explain
 from vaflow.files import write_file
 from vaflow.pages import render
 from vaflow.timeline import Floats
-from vaflow.train.metrics import DIMENSIONS, SCORES, concordance_of_moments, mean_over_dimensions, plain
-from vaflow.train.statistics import paired_difference, resampled_ccc, shared_draws
+from vaflow.train.metrics import (
+    DIMENSIONS,
+    SCORES,
+    concordance_of_moments,
+    mean_over_dimensions,
+    paired_difference,
+    plain,
+    resampled_ccc,
+    shared_draws,
+)
 from vaflow.viewer.run_results import (
     BINS,
     EDGES,

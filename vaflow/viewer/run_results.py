@@ -20,8 +20,8 @@ from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, region_of, scope, video_moments
+from vaflow.viewer import PredictedClip, PredictionSet, find_predictions, read_predictions
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
-from vaflow.viewer.predictions import PredictedClip, PredictionSet, find_predictions, read_predictions
 
 if TYPE_CHECKING:
     from vaflow.train.heads import VAModel

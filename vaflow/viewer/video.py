@@ -14,8 +14,8 @@ from PIL import ImageDraw, ImageFont
 
 from vaflow.errors import MediaError, explain
 from vaflow.timeline import Floats, nearest
+from vaflow.viewer import DIMENSIONS, Predictions, find_predictions, read_predictions
 from vaflow.viewer.clip_data import MediaIndex, decoded, masks_of, spans, with_boxes
-from vaflow.viewer.predictions import DIMENSIONS, Predictions, find_predictions, read_predictions
 
 Image = NDArray[np.uint8]
 
