@@ -29,6 +29,7 @@ from vaflow.cache.schema import LABELS, LOGMEL, PIXELS, Record
 from vaflow.encoders import warn_of_demonstration
 from vaflow.encoders.prompts import region_table
 from vaflow.errors import CorruptError, UsageError, count, examples, explain
+from vaflow.settings import settings_of
 from vaflow.train.batch import TargetSpec
 from vaflow.train.config import AUTO, BEFORE_SETTING, TrainConfig, merge
 from vaflow.train.inputs import Inputs, InputStream
@@ -39,7 +40,7 @@ from vaflow.train.windows import WindowSet
 
 log = logging.getLogger(__name__)
 
-NO_MEDIA = ("labels", "targets")  # parts of a record's source that are not recordings
+NO_MEDIA = ("labels", "targets", "time")  # parts of a record's source that are not recordings
 _BYTES = "bytes:"
 
 
@@ -317,7 +318,13 @@ def changed_settings(one: TrainConfig, other: TrainConfig, ignore: Iterable[str]
     """
     names = [field.name for field in fields(TrainConfig) if field.name not in ignore]
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
-    return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b]
+    return [f"{name}: {_shown(name, a)!r}, not {_shown(name, b)!r}" for name, a, b in pairs if a != b]
+
+
+def _shown(name: str, value: Any) -> Any:
+    """The word for a special value, such as "auto" of epochs; other values as they are."""
+    words = settings_of(TrainConfig)[name].words
+    return next((word for word, special in words.items() if special == value), value)
 
 
 def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[str]) -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from vaflow.cache import Cache, open_cache
+from vaflow.errors import UsageError
 from vaflow.extract.importing import ImportConfig, import_features
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
 from vaflow.train.inputs import resolve
+from vaflow.train.run_record import check_splits_apart, clip_digests
 from vaflow.train.windows import WindowSet
 
 ROUNDING = 1e-5  # seconds: float32 against float64
@@ -33,6 +35,21 @@ def windows_of(cache: Cache, kind: str) -> tuple[WindowSet, TrainConfig]:
     config, inputs = resolve(cache, TrainConfig(kl_weight=0.0))
     assert (config.visual if kind == "visual" else config.audio) == ("mine",)
     return load_windows(cache, ["a"], inputs.streams, config), config
+
+
+def test_equal_times_are_not_a_shared_recording(tmp_path: Path) -> None:
+    (tmp_path / "va").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(ord(name)).normal(size=(9, 2)))
+        np.save(tmp_path / f"{name}.time.npy", np.arange(9) / 2)
+        (tmp_path / "va" / f"{name}.csv").write_text("time,valence\n0,0.1\n2,0.3\n")
+    (tmp_path / "va" / "splits.csv").write_text("name,split\na,train\nb,val\n")
+    import_features(tmp_path / "cache", tmp_path, ImportConfig("mine", "visual"), labels=tmp_path / "va")
+    cache = open_cache(tmp_path / "cache")
+    train, val = (clip_digests(cache, ["mine"], [item]) for item in ("a", "b"))
+    check_splits_apart(train, val)
+    with pytest.raises(UsageError, match="a and a"):
+        check_splits_apart(train, train)
 
 
 RATES = {
