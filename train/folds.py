@@ -142,9 +142,20 @@ def make_folds(
 
 
 def with_folds(config: TrainConfig) -> TrainConfig:
-    """Return the settings with fold names as splits, if they ask for cross-validation."""
+    """Return the settings with fold names as splits, if they ask for cross-validation.
+
+    Raises:
+        UsageError: a fold without a number of folds, or a split that the fold would replace.
+    """
     if not config.folds:
+        if config.fold != TrainConfig.fold:
+            raise UsageError(explain(f"--fold {config.fold} requires --folds K"))
         return config
+    for key in ("train_split", "val_split"):
+        given = getattr(config, key)
+        if given != getattr(TrainConfig, key) and _NAME.fullmatch(given) is None:
+            remedy = "Name the splits that the folds divide: --set fold_splits=SPLITS"
+            raise UsageError(explain(f"--folds excludes {key}", got=given, remedy=remedy))
     name = f"{config.fold}of{config.folds}"
     return replace(config, train_split=f"rest{name}", val_split=f"fold{name}")
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_cache import Toy, make_cache
@@ -11,7 +12,7 @@ from vaflow.cache.schema import LABELS
 from vaflow.errors import UsageError
 from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
-from vaflow.train.folds import make_folds, source_splits, split_items
+from vaflow.train.folds import make_folds, source_splits, split_items, with_folds
 from vaflow.train.run_folder import RunFolder, require_record
 from vaflow.train.scores import failed_items
 from vaflow.train.train_run import train_run
@@ -85,6 +86,16 @@ def test_impossible_fold_counts_are_rejected(cache: Cache) -> None:
         TrainConfig(folds=1)
     with pytest.raises(UsageError, match="between 1 and --folds 3"):
         TrainConfig(folds=3, fold=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"folds": 0, "fold": 2}, "--fold 2 requires --folds"), ({"val_split": "test"}, "--folds excludes val_split")],
+)
+def test_a_fold_without_effect_is_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        with_folds(replace(CONFIG, **settings))
+    assert with_folds(replace(with_folds(CONFIG), fold=2)).val_split == "fold2of3"
 
 
 def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_path: Path) -> None:
