@@ -61,6 +61,11 @@ def test_train_returns_the_finished_run(run: vaflow.Run) -> None:
     assert set(run.metrics["ccc"]) == {"valence", "arousal", "mean"}
 
 
+def test_settings_that_are_paths_may_be_path_objects() -> None:
+    with pytest.raises(UsageError, match=r"init requires --finetune\. Got: init=run"):
+        vaflow.train("cache", "tuned", init=Path("run"))
+
+
 def test_evaluate_returns_the_metrics_of_the_command(run: vaflow.Run) -> None:
     assert run.evaluate()["ccc"] == run.metrics["ccc"]
 

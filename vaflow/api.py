@@ -239,6 +239,7 @@ def train(
         allow_missing: score the validation split even if labelled clips have no features.
         show_progress: draw progress bars.
         settings: fields of `vaflow.train.config.TrainConfig`, such as `epochs=20`; they override preset and config.
+            Paths among them may be `pathlib.Path`.
 
     Raises:
         UsageError: a setting is wrong, or `out` holds another run.
@@ -251,7 +252,7 @@ def train(
     merged = configs.merge(
         configs.preset(preset) if preset else {},
         configs.read_settings(Path(config)) if config is not None else {},
-        settings,
+        {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
     )
     train_run(
         cache if isinstance(cache, Cache) else open_cache(cache),
