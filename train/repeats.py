@@ -29,7 +29,7 @@ from vaflow.train.run_folder import RunFolder
 from vaflow.train.session import Session, new_model, reproducible
 from vaflow.train.stacked_loop import FAILURES, Member, fit_together, take_step
 from vaflow.train.stacked_models import StackedModels
-from vaflow.train.train_run import Result, is_finished, open_session, train_run
+from vaflow.train.train_run import Result, open_session, session_to_train, train_run
 from vaflow.train.training_loop import make_optimizer, train_step
 from vaflow.train.windows import gather_each
 
@@ -82,6 +82,7 @@ class Trainer:
         together: "always" trains runs of one architecture in a batch, "never" one after the other; "auto" times both.
         allow_missing: leave labelled validation clips without features out of the scores.
         keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
+        fresh: train runs again from the start.
         on_choice: called with a line about each batch that was timed.
     """
 
@@ -92,12 +93,13 @@ class Trainer:
         together: str = "auto",
         allow_missing: bool = False,
         keep_checkpoint: bool = False,
+        fresh: bool = False,
         on_choice: Callable[[str], None] = log.info,
     ) -> None:
         self._cache, self._loaded = cache, LoadedSplits(cache)
         self._together, self._on_choice = check_mode(together), on_choice
         self._options: dict[str, Any] = {"allow_missing": allow_missing, "keep_checkpoint": keep_checkpoint}
-        self._options |= {"tensorboard": False, "figures": False}
+        self._options |= {"tensorboard": False, "figures": False, "fresh": fresh}
         self._choices: dict[tuple[object, ...], Choice] = {}
 
     def train(self, runs: Sequence[tuple[TrainConfig, Path]]) -> Iterator[tuple[int, Result | Exception]]:
@@ -137,7 +139,8 @@ class Trainer:
     def _train_alone(self, config: TrainConfig, out: Path) -> Result | Exception:
         try:
             data = None
-            if not (config.finetune or (RunFolder(out).done and not self._options["keep_checkpoint"])):
+            done = RunFolder(out).done and not self._options["fresh"]
+            if not (config.finetune or (done and not self._options["keep_checkpoint"])):
                 data = self._loaded.data(resolve(self._cache, config)[0])
             return train_run(self._cache, config, out, data=data, **self._options)
         except FAILURES as error:
@@ -151,9 +154,10 @@ class Trainer:
             sessions: list[tuple[int, Session]] = []
             for number, ((config, out), splits) in enumerate(zip(runs, data, strict=True)):
                 try:
-                    session = replace(open_session(stack, self._cache, config, out), **self._options)
-                    if is_finished(session):
-                        yield number, Result(session.folder.read_metrics(), was_done=True)
+                    opened = replace(open_session(stack, self._cache, config, out), **self._options)
+                    session = session_to_train(opened)
+                    if session is None:
+                        yield number, Result(opened.folder.read_metrics(), was_done=True)
                         continue
                     device = choose_device(session.config.device)
                     session = stack.enter_context(reproducible(session, device))
@@ -354,7 +358,7 @@ def train_repeats(
     Args:
         runs: name -> settings.
         out: directory of the runs; not a run itself.
-        fresh: delete these runs in `out` first; runs of other names stay.
+        fresh: train these runs again from the start; runs of other names stay.
         level: of the log lines of runs that are shown.
         on_run: called with the name and the mean CCC of each finished run.
         on_choice: called with a line about each batch that was timed.
@@ -366,10 +370,12 @@ def train_repeats(
     scores: dict[str, Mapping[str, float | None]] = {}
     failures: dict[str, Exception] = {}
     resolved = [(name, resolve(cache, config)[0]) for name, config in runs.items()]
-    trainer = Trainer(cache, together=together, allow_missing=allow_missing, on_choice=on_choice)
+    trainer = Trainer(cache, together=together, allow_missing=allow_missing, fresh=fresh, on_choice=on_choice)
+    results = out / "repeats.json"
     with lock_folder(out, "vaflow train"), one_thread(level):
+        earlier = results.read_bytes() if results.is_file() else b""
         if fresh:
-            _delete_runs(out, list(runs))
+            results.unlink(missing_ok=True)  # its runs are deleted as soon as they start
         for batch in batches_of(resolved, lambda run: run[1]):
             for number, result in trainer.train([(config, out / name) for name, config in batch]):
                 name = batch[number][0]
@@ -380,17 +386,8 @@ def train_repeats(
                 if on_run is not None:
                     on_run(name, scores[name]["mean"])
         repeats = Repeats({name: scores[name] for name in runs if name in scores}, failures)
-        if not repeats.rejected:  # else the results of an earlier command stay
-            write_file(out / "repeats.json", json.dumps(repeats.document(), indent=1) + "\n")
+        if not repeats.rejected:
+            write_file(results, json.dumps(repeats.document(), indent=1) + "\n")
+        elif earlier:  # the results of an earlier command stay
+            write_file(results, earlier)
     return repeats
-
-
-def _delete_runs(out: Path, names: Sequence[str]) -> None:
-    """Delete runs and their results in `out/repeats.json`; no run if another process writes one of them."""
-    with ExitStack() as stack:
-        for name in names:
-            RunFolder(out / name).make()  # refuses a directory that is not a run
-            stack.enter_context(lock_folder(out / name, "vaflow train"))
-        (out / "repeats.json").unlink(missing_ok=True)
-        for name in names:
-            RunFolder(out / name).clear()

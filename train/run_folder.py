@@ -56,10 +56,10 @@ _PUBLISHED_FILE = re.compile(  # files that a configuration may name: no code, n
     r"model(-valence|-arousal)?\.safetensors|(metrics|smoothing|uncertainty)\.json|training_features\.safetensors"
     r"|encoders/(?!\.)[^/\\\0]+(/(?!\.)[^/\\\0]+)?\.(safetensors|json|txt)"
 )
-WRITTEN = (  # every file and folder that a run writes
-    *("config.toml", "clips.json", "metrics.json", "history.csv", "smoothing.json", "model*.safetensors"),
+WRITTEN = (  # every file and folder that a run writes; config.toml, which makes a directory a run, is deleted last
+    *("metrics.json", "clips.json", "history.csv", "smoothing.json", "model*.safetensors"),
     *("checkpoint.safetensors", "predictions", "pictures", "tensorboard", "encoders", "moments.json"),
-    *("uncertainty.json", "training_features.safetensors"),
+    *("uncertainty.json", "training_features.safetensors", "config.toml"),
 )
 
 

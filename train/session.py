@@ -18,7 +18,7 @@ from vaflow.device import forbid_tf32, keep_memory
 from vaflow.encoders import build_encoder, context_tower, demonstration_notice
 from vaflow.encoders.clip import ContextTower
 from vaflow.errors import FingerprintError, UsageError, command, explain
-from vaflow.files import write_tensors
+from vaflow.files import write_file, write_tensors
 from vaflow.train.config import AUTO, TEXT_SUFFIX, TrainConfig
 from vaflow.train.data import Data
 from vaflow.train.heads import VAModel
@@ -93,6 +93,8 @@ class Session:
         folder: of the run; record: its `config.toml`.
         allow_missing: leave labelled validation clips without features out of the scores.
         keep_checkpoint: keep the last epoch's state, from which `--epochs` can continue.
+        fresh: delete the run in the folder before anything is written.
+        clips: text of `clips.json`, which the first start writes; None: the run is resumed.
     """
 
     cache: Cache
@@ -105,9 +107,14 @@ class Session:
     figures: bool = True
     show: bool = False
     keep_checkpoint: bool = True
+    fresh: bool = False
+    clips: str | None = None
 
     def begin(self, data: Data, *, write: bool = True) -> "Session":
         """Check the loaded data, write `config.toml` and log the contents; returns the session with both in it.
+
+        What an earlier training left is deleted only now, when nothing can be refused any more: the whole run if
+        `fresh`, or the scores of a run that is trained longer, which is not finished until it is again.
 
         Raises:
             DataError: labelled validation clips lack features.
@@ -121,6 +128,11 @@ class Session:
         }
         record = replace(self.record, data=counts)
         if write:
+            if self.fresh:
+                self.folder.clear()
+            if self.clips is not None:
+                write_file(self.folder.clips_file, self.clips)
+            self.folder.metrics_file.unlink(missing_ok=True)
             self.folder.write_record(record)
         describe(self.config, data.train, data.val)
         return replace(self, record=record)

@@ -11,7 +11,7 @@ from typing import Any
 from vaflow.cache import Cache
 from vaflow.device import choose_device
 from vaflow.errors import UsageError, explain
-from vaflow.files import lock_folder, write_file
+from vaflow.files import lock_folder
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import Data, check_has_clips, load_data
 from vaflow.train.evaluate import outdated_clips
@@ -19,6 +19,7 @@ from vaflow.train.folds import split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.run_record import (
+    ClipDigest,
     RunRecord,
     changes,
     check_splits_apart,
@@ -65,7 +66,7 @@ def train_run(
         data: both splits, if they are loaded already, for exactly these streams and windows.
         weights: with finetune: stream -> local weights of its encoder, instead of the hub's.
         allow_missing: leave labelled validation clips without features out of the scores.
-        fresh: delete the run in `out` first.
+        fresh: delete the run in `out` once the settings and the clips have been accepted.
         keep_checkpoint: keep the state after the last epoch, so that more epochs can continue from it.
 
     Raises:
@@ -83,27 +84,25 @@ def train_run(
 
 
 def open_session(stack: ExitStack, cache: Cache, config: TrainConfig, out: Path, *, fresh: bool = False) -> Session:
-    """Lock the directory of a run until `stack` closes, and resolve its settings.
+    """Lock the directory of a run until `stack` closes, and resolve its settings; nothing is deleted yet.
 
     Raises:
         UsageError: settings; a directory of another run, or one that another process writes.
     """
     folder = RunFolder(Path(out))
     folder.make()
-    first = os.environ.get("RANK", "0") == "0"  # of several processes of one run, this one holds the lock
-    if first:
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, this one holds the lock
         stack.enter_context(lock_folder(folder.path, "vaflow train"))
-    config, inputs = resolve(cache, config)  # first: settings that do not fit delete no run
-    if fresh and first:
-        folder.clear()
-        folder.make()
-    return Session(cache, config, inputs, folder, new_record(cache, config, inputs, folder.path))
+    config, inputs = resolve(cache, config)
+    return Session(cache, config, inputs, folder, new_record(cache, config, inputs, folder.path), fresh=fresh)
 
 
 def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> Result:
     cache, config, inputs, folder = session.cache, session.config, session.inputs, session.folder
-    if is_finished(session):
+    unfinished = session_to_train(session)
+    if unfinished is None:
         return Result(folder.read_metrics(), was_done=True)
+    session = unfinished
     if config.finetune:
         from vaflow.train.finetune import finetune
 
@@ -121,19 +120,32 @@ def _train(session: Session, data: Data | None, weights: Mapping[str, Path]) -> 
         return Result(session.finish(model, progress, data))
 
 
-def _check_clips(session: Session) -> RunRecord | None:
-    """Compare the settings and the clips with those of the run's first start; returns its record, None at the first.
+def session_to_train(session: Session) -> Session | None:
+    """Compare the settings and the clips with those of the run's first start; returns None if nothing is left to train.
 
     Raises:
         UsageError: the settings or the clips differ, or the splits share recordings.
     """
-    cache, config, folder = session.cache, session.config, session.folder
-    old = folder.record()
+    config, folder = session.config, session.folder
+    old = None if session.fresh else folder.record()
+    waits_longer = False
     if old is not None:
+        waits_longer = AUTO == config.epochs == old.config.epochs and config.patience > old.config.patience
         more_epochs = config.epochs == AUTO or AUTO != old.config.epochs <= config.epochs
         longer = more_epochs and config.schedule == "constant" and folder.checkpoint_file.is_file()
-        ignore = ["device", "patience", *(["epochs"] if longer else [])]
+        ignore = ["device", *(["epochs"] if longer else []), *(["patience"] if longer or not waits_longer else [])]
         check_unchanged(folder.path, old, session.record, ignore)
+    clips = _checked_clips(session, old)
+    if old is None:
+        return replace(session, clips=to_json(clips))
+    if folder.done and old.config.epochs == config.epochs and not waits_longer:
+        return None
+    return session
+
+
+def _checked_clips(session: Session, old: RunRecord | None) -> dict[str, dict[str, ClipDigest]]:
+    """Compare the clips with those of the run's first start, or check them at the first; returns their digests."""
+    cache, config, folder = session.cache, session.config, session.folder
     check_has_clips(cache)
     known = streams_read(config, cache)
     splits = {
@@ -155,21 +167,4 @@ def _check_clips(session: Session) -> RunRecord | None:
         for split, clips in splits.items():
             for warning in (*shared_recordings(split, clips), *outdated_clips(cache, split, clips)):
                 log.warning("%s", warning)
-        if os.environ.get("RANK", "0") == "0":
-            write_file(folder.clips_file, to_json(splits))
-    return old
-
-
-def is_finished(session: Session) -> bool:
-    """Whether nothing is left to train. A run that is trained longer stops being finished until it is again.
-
-    Raises:
-        UsageError: the settings or the clips differ from those of the first start, or the splits share recordings.
-    """
-    folder, old = session.folder, _check_clips(session)
-    if old is None or not folder.done:
-        return False
-    if old.config.epochs == session.config.epochs:
-        return True
-    folder.metrics_file.unlink(missing_ok=True)
-    return False
+    return splits

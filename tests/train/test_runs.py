@@ -14,7 +14,7 @@ from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
 from vaflow.files import read_tensors, write_tensors
 from vaflow.train import session
 from vaflow.train.batch import Batch
-from vaflow.train.config import TrainConfig
+from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import load_data
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.inputs import resolve
@@ -152,6 +152,28 @@ def test_an_interrupted_run_rejects_other_clips(tmp_path: Path, monkeypatch) -> 
     cache.drop("labels", "train0")
     with pytest.raises(UsageError, match=r"train: removed train0.*--fresh"):
         quiet_run(cache, CONFIG, tmp_path / "run")
+
+
+def test_a_longer_training_that_is_refused_keeps_the_scores(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}, seconds=(5, 6)))
+    config = replace(CONFIG, epochs=1)
+    metrics = quiet_run(cache, config, tmp_path / "run").metrics
+    failure = {"item": "val2", "stage": "decode", "error": "MediaError", "message": "broken", "split": "val"}
+    (cache.path / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    with pytest.raises(DataError, match="1 clip could not be extracted"):
+        quiet_run(cache, replace(config, epochs=2), tmp_path / "run")
+    assert quiet_run(cache, config, tmp_path / "run") == Result(metrics, was_done=True)
+
+
+def test_more_patience_continues_a_run(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 1, "val": 1}, seconds=(4, 5)))
+    config = replace(CONFIG, lr=1e-9, epochs=AUTO, patience=1)
+    for patience, waited in ((1, 3), (5, 5)):  # one step per epoch, and at least three epochs
+        result = quiet_run(cache, replace(config, patience=patience), tmp_path / "run")
+        assert result.metrics["epochs"] - result.metrics["best_epoch"] == waited and not result.was_done
+    assert quiet_run(cache, replace(config, patience=2), tmp_path / "run").was_done
+    with pytest.raises(UsageError, match="epochs: 'auto', not 9"):
+        quiet_run(cache, replace(config, epochs=9), tmp_path / "run")
 
 
 def test_loaded_data_can_be_shared(cache: Cache, run: Path, tmp_path: Path, monkeypatch) -> None:
