@@ -9,8 +9,7 @@ MODULES = (
     "faces.detection",
     "faces.crops",
     "faces.tracking",
-    "source_identity",
-    "image_folders",
+    "source_files",
     "worker",
 )
 HEAVY = ("torch", "cv2", "transformers", "open_clip", "matplotlib", "scipy")

@@ -4,11 +4,9 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from numbered_clip import read_number
 from until import until
@@ -104,12 +102,14 @@ def test_a_dragged_span_loops(open_page: OpenPage, page_file: Path) -> None:
     page.select_option("#speed", "2")
     page.keyboard.press("Space") if page.evaluate("document.activeElement.id") != "speed" else page.click("#play")
     rows = [row(page)]
-    while len(rows) < 12 or not any(b < a for a, b in pairwise(rows)):  # a busy machine starts playing late
-        assert len(rows) < 100, "not within 10 s"
+    last: list[int] = []  # rows before a jump back
+    while len(last) < 4:
+        assert len(rows) < 150, "not within 15 s"
         page.wait_for_timeout(100)
         rows.append(row(page))
-    # 6 s to 7 s, and the frames before the jump back: 50 a second at this speed, and a busy machine jumps late
-    assert all(145 <= r <= 225 for r in rows) and np.median(rows) <= 185
+        last += [rows[-2]] if rows[-1] < rows[-2] else []
+    # 6 s to 7 s, 50 frames a second at this speed. A busy machine starts late and jumps late, but not every time.
+    assert min(rows) >= 145 and min(last) <= 190
     assert page.evaluate("document.getElementById('media').playbackRate") == 2
 
 
