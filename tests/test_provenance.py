@@ -230,6 +230,24 @@ def test_predictions_of_new_clips_are_traced_without_stored_features(run, tmp_pa
     ] == ("changed")
 
 
+def test_items_of_persons_are_compared_with_the_files_of_their_clip(run, cache, root, tmp_path, monkeypatch):
+    whole = next(clip for clip in open_dataset(root).clips if clip.id == "d")
+    write(cache, "d#2", sources_of(whole))
+
+    def features(dataset: Dataset, folder: Path, *_: object, **__: object) -> Summary:
+        write(new_cache(folder), "new#1", sources_of(dataset.clips[0]))
+        return Summary()
+
+    predict_media(run, [], tmp_path / "cached", PredictConfig(device="cpu", cache=cache.path))
+    entry = only(find_provenance(tmp_path / "cached", "d#2", root=root))
+    assert {one["state"] for one in entry["sources"]} == {"same"}
+    (tmp_path / "new.mp4").write_bytes(b"new")
+    monkeypatch.setattr("vaflow.predict.extract", features)
+    predict_media(run, [tmp_path / "new.mp4"], tmp_path / "out", PredictConfig(device="cpu"))
+    entry = only(find_provenance(tmp_path / "out", "new#1"))
+    assert {one["state"] for one in entry["sources"]} == {"same"}
+
+
 def test_older_predictions_are_described_from_the_cache_and_marked(run, cache):
     (run / "predictions" / "val" / "sources.json").unlink()
     entry = only(find_provenance(run, "d"))

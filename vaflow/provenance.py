@@ -12,7 +12,7 @@ from typing import Any
 from vaflow.cache import Cache, open_cache
 from vaflow.cache.layout import fingerprint
 from vaflow.datasets import open_dataset
-from vaflow.datasets.clip import Clip
+from vaflow.datasets.clip import Clip, clip_and_person
 from vaflow.errors import CacheError, MediaError, UsageError, explain
 from vaflow.extract.source_files import PARTS, part_of, same_part
 from vaflow.train.ensemble import maker_of, members_of
@@ -88,11 +88,13 @@ class Present:
 
     def clip(self, item: str, recorded: ItemSources | None) -> Clip | None:
         """The clip's files: in the data set that was given, or where the prediction read its video."""
+        divided = clip_and_person(item)[0]  # the clip of an item of one person
         if self.clips is not None:
-            return self.clips.get(item)
+            return self.clips.get(item) or self.clips.get(divided)
         if recorded is not None and recorded.media is not None:
             video = Path(recorded.media)
-            return Clip(item, None, item, video, video)
+            clip = item if item in (video.stem, video.name) else divided
+            return Clip(clip, None, clip, video, video)
         return None
 
 
