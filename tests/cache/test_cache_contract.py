@@ -225,6 +225,8 @@ def test_source_and_meta_must_be_plain_json(tmp_path, store):
     cache = small_cache(tmp_path / "cache", store)
     with pytest.raises(UsageError, match="meta is not plain JSON"):
         cache.write("visual", "x", arrays(stream("visual")), meta={"duration": np.float32(1)})
+    with pytest.raises(UsageError, match=r"source is not plain JSON.*nested deeper"):
+        cache.write("visual", "x", arrays(stream("visual")), source=json.loads('{"a": ' * 100 + "1" + "}" * 100))
     assert not cache.has("visual", "x")
 
 

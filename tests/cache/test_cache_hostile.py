@@ -65,6 +65,14 @@ def assert_refused(path: Path) -> None:
     assert open_cache(path).read("visual", "two").embedding.shape == (5, 6)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """An object that JSON holds but that functions which call themselves cannot visit."""
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 OUTSIDE = ["../../../precious/attempt", "..", ".", "", "/etc", "a/b", "a\\b", "a\0b", "precious\n", ".tmp-1", 7, None]
 
 
@@ -112,8 +120,10 @@ def test_record_files_must_lie_below_the_attempt(path: Path, name: str) -> None:
         {"arrays": {"embedding": {"shape": [5.0, 6], "dtype": "float16"}}},
         {"arrays": {"embedding": {"shape": "56", "dtype": "float16"}}},
         {"arrays": {"/etc/passwd": {"shape": [1], "dtype": "uint8"}}},
+        {"source": nested(500)},
+        {"meta": nested(500)},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_record_members_of_wrong_type_or_size_are_rejected(path: Path, change: dict[str, Any]) -> None:
     rewrite(record_of(path), lambda document: document.update(change))
@@ -313,8 +323,17 @@ def test_convert_and_merge_list_hostile_items_and_copy_the_rest(path: Path, stor
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "virus"}, {"kind": ["visual"]}, {"dim": -1}, {"dim": 2**70}, {"dim": 6.0}, {"identity": []}, {"name": 1}],
-    ids=str,
+    [
+        {"kind": "virus"},
+        {"kind": ["visual"]},
+        {"dim": -1},
+        {"dim": 2**70},
+        {"dim": 6.0},
+        {"identity": []},
+        {"identity": nested(500)},
+        {"name": 1},
+    ],
+    ids=lambda change: str(change)[:60],
 )
 def test_stream_files_with_wrong_types_are_rejected(path: Path, change: dict[str, Any]) -> None:
     from hashlib import blake2b
@@ -341,3 +360,14 @@ def test_a_hostile_index_is_rebuilt(path: Path, row: object) -> None:
     body = canonical({"schema_version": 1, "streams": {"labels": table}})
     (path / "index.json").write_bytes(HEAD + str(crc32c(body)).encode() + MIDDLE + body + TAIL)
     assert open_cache(path).items() == ["one", "two"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda index: index.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_an_index_that_never_ends_is_not_read(path: Path, make: Callable[[Path], None]) -> None:
+    index = path / "index.json"
+    index.unlink(missing_ok=True)
+    make(index)
+    cache = open_cache(path, writable=True)
+    assert cache.items() == ["one", "two"]
+    cache.refresh_index()
+    assert index.is_file() and not index.is_symlink()

@@ -1,6 +1,7 @@
 """Packed caches: equal items in few files, read-only and verified."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from cache_toys import arrays, assert_same, small_cache, stream
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import convert
 from vaflow.cache.export import pack
+from vaflow.cache.layout import canonical, file_facts, seal, unseal
 from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import KINDS, Kind
 from vaflow.cli import main
@@ -176,6 +178,32 @@ def test_damage_to_one_clip_does_not_affect_the_others(tmp_path):
     with pytest.raises(CorruptError, match="item 'a/b'"):
         packed.read("visual", "a/b")
     assert ("visual", "a/b") in {(problem.stream, problem.item) for problem in verify(packed)}
+
+
+def test_array_names_of_packed_records_cannot_lead_outside(tmp_path):
+    pack(small_cache(tmp_path / "cache", "zarr"), tmp_path / "packed")
+    records, manifest = tmp_path / "packed/records/visual.jsonl", tmp_path / "packed/manifest.json"
+    lines = [json.loads(line) for line in records.read_bytes().splitlines()]
+    lines[0]["arrays"]["/etc"] = {"shape": [1], "dtype": "uint8"}
+    lines[0]["rows"]["/etc"] = {"start": 0, "stop": 1, "crc32c": 0}
+    records.write_bytes(b"".join(canonical(line) + b"\n" for line in lines))
+    document = unseal(manifest.read_bytes())
+    document["files"]["records/visual.jsonl"] = file_facts(records)
+    manifest.write_bytes(seal(document))
+    assert any("'/etc'" in problem.message for problem in verify(open_cache(tmp_path / "packed")))
+
+
+def test_links_and_pipes_of_a_cache_are_not_packed(tmp_path):
+    cache = small_cache(tmp_path / "cache", "zarr")
+    (tmp_path / "secret").write_text("secret")
+    (cache.path / "failures.jsonl").symlink_to(tmp_path / "secret")
+    os.mkfifo(cache.path / "costs.jsonl")
+    pack(cache, tmp_path / "packed")
+    assert not list((tmp_path / "packed").glob("*.jsonl"))
+    chunk = tmp_path / "packed/visual/embedding/c/0/0"
+    chunk.unlink()
+    os.mkfifo(chunk)
+    assert any("not a regular file" in problem.message for problem in verify(open_cache(tmp_path / "packed")))
 
 
 def test_a_damaged_cache_is_not_packed(tmp_path):

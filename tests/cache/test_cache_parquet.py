@@ -71,3 +71,14 @@ def test_an_object_store_is_refused(
     assert main(["cache", "export", "cache", "s3://bucket/out"]) == 2
     assert "s3://bucket/out is on an object store. Expected: a local folder. Export into" in capsys.readouterr().err
     assert not (tmp_path / "s3:").exists()
+
+
+def test_stream_names_cannot_lead_outside_the_directory(tmp_path: Path) -> None:
+    cache = create_cache(tmp_path / "cache")
+    for one in (stream("visual", name=".."), stream("labels")):
+        cache.declare(one)
+        cache.write(one.name, "clip", arrays(one))
+    (tmp_path / "unsplit.parquet").write_text("mine")
+    assert main(["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "unsplit.parquet").read_text() == "mine"
+    assert len(list((tmp_path / "out").glob("*/*.parquet"))) == 2

@@ -339,9 +339,12 @@ class Index:
         return self._folders
 
     def _read(self) -> dict[str, Folder]:
-        """Load the saved index; empty if it is missing, damaged or of another version."""
+        """Load the saved index; empty if it is missing, damaged, a link or of another version."""
+        path = self._layout.index
+        if path.is_symlink() or not path.is_file():  # a named pipe or a device could be read forever
+            return {}
         try:
-            data = self._layout.index.read_bytes()
+            data = path.read_bytes()
         except OSError:
             return {}
         try:

@@ -10,6 +10,7 @@ DIR/README.md            names the configurations, their splits and files
 """
 
 import json
+import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import quote
 
 import google_crc32c
 import numpy as np
@@ -38,9 +38,11 @@ from vaflow.cache.layout import (
 )
 from vaflow.cache.packed import PackedArray
 from vaflow.cache.remote import url_of
-from vaflow.cache.schema import KINDS, PACKED, Array, Record, StreamInfo
+from vaflow.cache.schema import KINDS, PACKED, Array, Record, StreamInfo, escape
 from vaflow.errors import CacheError, UsageError, command, count, explain, visible
 from vaflow.files import LISTS, write_file
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2**20  # bytes at most, and one row at least: what zarr reads at a time
 SHARD = 2**29  # bytes at most, and one chunk at least: a file
@@ -115,7 +117,12 @@ def _write(
     names.remove(files.LOCK)
     facts = {name: file_facts(work.root / name) for name in names}
     for path in (*source.path.glob(LISTS), *source.path.glob(costs.LISTS)):
-        shutil.copyfile(path, work.root / path.name)
+        try:
+            lines = files.read_document(source.path, path)
+        except ValueError as error:  # such as a link, whose target is not part of the cache
+            log.warning("%s is not copied: %s", visible(str(path)), error)
+            continue
+        (work.root / path.name).write_bytes(lines)
         names.append(path.name)
     files.sync_all(work.root, names)
     files.replace_file(work.manifest, seal({**manifest_document(PACKED), "files": facts}))
@@ -267,13 +274,13 @@ def export_parquet(cache: Cache, out: Path, step: Callable[[], object] | None = 
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UsageError(explain(f"{out} is not empty", expected="a new or empty folder"))
     streams = {name: info for name, info in cache.streams().items() if info.kind not in LEFT_OUT}
-    files = {name: _write_stream(cache, info, out / quote(name, safe=""), step) for name, info in streams.items()}
+    files = {name: _write_stream(cache, info, out / escape(name), step) for name, info in streams.items()}
     card = ["---", "configs:"]
     for name, splits in files.items():
         if splits:
             card += [f"- config_name: {_yaml(name)}", "  data_files:"]
             for split in map(_split_name, splits):
-                path = f"{quote(name, safe='')}/{split}.parquet"
+                path = f"{escape(name)}/{split}.parquet"
                 card += [f"  - split: {_yaml(split)}", f"    path: {_yaml(path)}"]
     card += ["---", "", "# Features of a vaflow cache", ""]
     card += [

@@ -35,6 +35,7 @@ from vaflow.errors import CacheError, CorruptError, UsageError, command, explain
 CHECKSUM = "crc32c"
 _BLOCK = 2**20  # bytes
 MAX_DURATION = 1e7  # seconds of a clip: about four months
+MAX_DEPTH = 32  # levels of lists and objects within a member of a stream or record
 
 
 class Layout:
@@ -149,11 +150,12 @@ def plain(value: Mapping[str, Any], what: str) -> Json:
     """Return `value` after a round trip through JSON: tuples become lists, keys become text.
 
     Raises:
-        UsageError: JSON cannot represent it (NaN, arrays, NumPy scalars ...).
+        UsageError: JSON cannot represent it (NaN, arrays, NumPy scalars ...), or it is nested too deeply.
     """
     try:
         result = json.loads(canonical(value))
-    except (TypeError, ValueError) as error:
+        _check_depth(result)
+    except (TypeError, ValueError, RecursionError) as error:
         problem = f"{what} is not plain JSON: {error}"
         raise UsageError(explain(problem, expected="text, finite numbers, true, false, null, lists")) from error
     if not isinstance(result, dict):
@@ -257,6 +259,7 @@ def stream_from(document: Json) -> StreamInfo:
         raise ValueError("it has members of a wrong type, or an unknown kind")
     if not _is_count(info.dim):
         raise ValueError(f"its dim is {info.dim!r}, not a whole number of at least 0")
+    _check_depth(info.identity)
     if fingerprint(info) != document.get("fingerprint"):
         raise ValueError("its fingerprint does not match its settings")
     return info
@@ -285,6 +288,8 @@ def record_from(document: Json) -> Record:
         raise ValueError("it has members that are not objects")
     if not is_attempt(record.attempt):
         raise ValueError(f"its attempt {record.attempt!r} is not a plain file name")
+    for part in (record.arrays, record.source, record.meta):
+        _check_depth(part)
     for name, facts in record.files.items():
         first, *rest = name.split("/")
         if first not in (record.attempt, f"{record.attempt}.h5") or not all(is_attempt(part) for part in rest):
@@ -292,6 +297,8 @@ def record_from(document: Json) -> Record:
         if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in ("size", CHECKSUM)):
             raise ValueError(f"it lacks size or checksum of {name!r}")
     for name, facts in record.arrays.items():  # readers use shapes and dtypes before they read the files
+        if not is_attempt(name):
+            raise ValueError(f"the name of its array {name!r} is not a plain file name")
         shape, dtype = (facts.get("shape"), facts.get("dtype")) if isinstance(facts, dict) else (None, None)
         if not isinstance(shape, list) or not all(_is_count(length) for length in shape) or not isinstance(dtype, str):
             raise ValueError(f"it lacks shape or dtype of {name!r}")
@@ -326,6 +333,14 @@ def _check_prompts(prompts: Any) -> None:
     texts = [prompts.get(key, []) for key in ("templates", "descriptions")] if isinstance(prompts, dict) else [None]
     if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts):
         raise ValueError("its prompts are not lists of texts")
+
+
+def _check_depth(value: Any, left: int = MAX_DEPTH) -> None:
+    """Check that a value is not nested so deeply that functions that visit it exceed Python's recursion limit."""
+    if not left:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(inner, left - 1)
 
 
 def _is_count(value: Any) -> bool:

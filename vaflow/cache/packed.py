@@ -251,8 +251,9 @@ class PackedCache(Cache):
             try:
                 self.layout.fill([path], again=True)
                 files.refuse_links(self.layout.root, path)
-                if file_facts(path) != facts:
-                    yield path, "its bytes do not match their checksum", None, None
+                problem = size_problem(path, facts)
+                if problem or file_facts(path) != facts:
+                    yield path, problem or "its bytes do not match their checksum", None, None
             except OSError as error:
                 yield path, str(error), None, None
         for stream in streams:
