@@ -52,3 +52,9 @@ def test_names_that_are_not_unicode_are_listed(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     FailureLog(tmp_path / FAILURES).add(Failure(name, "open", "MediaError", "cut off"))
     assert [failure.item for failure in read_failures(tmp_path)] == [name]
+
+
+def test_names_with_line_separators_are_listed(tmp_path: Path) -> None:
+    failures = [Failure(f"a{mark}b", "open", "MediaError", f"a{mark}b") for mark in "\n\r\x1c\x85\u2028\u2029"]
+    write_failures(tmp_path / FAILURES, failures)
+    assert read_failures(tmp_path) == failures

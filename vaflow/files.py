@@ -324,7 +324,8 @@ def read_failures(folder: Path) -> list[Failure]:
     for path in sorted(folder.glob(LISTS)):
         try:
             listed = path.stat().st_mtime
-            lines = read_document(folder, path).decode("utf-8", "replace").splitlines()
+            # Split as bytes: text would also be split at characters of names, such as U+2028.
+            lines = [line.decode("utf-8", "replace") for line in read_document(folder, path).splitlines()]
         except (OSError, ValueError) as error:
             log.warning("%s is skipped: %s", visible(str(path)), error)
             continue
