@@ -190,6 +190,14 @@ def test_repair_rejects_a_directory_without_a_cache(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_repair_without_write_access_is_a_usage_error(path, monkeypatch):
+    manifest = (path / "manifest.json").stat().st_ino
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UsageError, match="no write access"):
+        open_for_repair(path)
+    assert (path / "manifest.json").stat().st_ino == manifest
+
+
 def test_repair_removes_only_old_leftovers_of_vaflow(path, monkeypatch):
     cache = open_cache(path, writable=True)
     attempt = path / "visual" / "é-killed" / "0123456789abcdef"

@@ -62,6 +62,25 @@ def test_drop_rejects_an_unknown_clip_and_drops_nothing(cache, capsys):
     assert contents(cache).keys() == before.keys()
 
 
+def test_a_killed_drop_is_finished_by_the_same_command(cache, monkeypatch):
+    real, calls = Cache.drop, []
+
+    def killed(self: Cache, stream: str, item: str) -> None:
+        calls.append(item)
+        if len(calls) == 4:  # the first clip is gone, the second has lost its labels
+            raise KeyboardInterrupt
+        real(self, stream, item)
+
+    monkeypatch.setattr(Cache, "drop", killed)
+    with pytest.raises(KeyboardInterrupt):
+        drop_clips(open_cache(cache.path, writable=True), ["c", "a/b"])
+    monkeypatch.setattr(Cache, "drop", real)
+    assert main(["cache", "drop", str(cache.path), "c", "a/b"]) == 0
+    assert {item for _, item in contents(cache)} == {"c", "d e", "zarr.json"}  # c: the prompt set
+    assert not (cache.path / "visual" / "a%2Fb").exists()
+    assert main(["cache", "drop", str(cache.path), "c"]) == 2
+
+
 def test_clips_missing_from_the_dataset_are_dropped(cache, tmp_path, capsys):
     root = tmp_path / "data"
     (root / "a").mkdir(parents=True)

@@ -11,6 +11,7 @@ from cache_toys import arrays, assert_same, small_cache, stream
 
 from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.copy import merge
+from vaflow.cache.export import pack
 from vaflow.cache.maintenance import leftovers, verify
 from vaflow.cache.schema import STORES, StreamInfo
 from vaflow.cli import main
@@ -247,6 +248,15 @@ def test_caches_that_cannot_be_merged_are_usage_errors(tmp_path, store):
     with pytest.raises(UsageError, match="has another store"):
         merge(tmp_path / "out", [part], store=other)
     assert main(["cache", "merge", str(tmp_path / "out"), str(tmp_path / "nowhere")]) == 2
+
+
+def test_packed_caches_are_merged_and_not_merged_into(tmp_path, store):
+    part = make(tmp_path / "1", store, {"a": 1})
+    pack(part, tmp_path / "packed")
+    summary = merge(tmp_path / "out", [open_cache(tmp_path / "packed")])
+    assert (summary.copied, open_cache(tmp_path / "out").store) == (2, "zarr")
+    with pytest.raises(UsageError, match="packed caches are read-only"):
+        merge(tmp_path / "packed", [part])
 
 
 def test_the_command_and_the_example_in_its_help(tmp_path, capsys, monkeypatch):

@@ -22,7 +22,8 @@ from vaflow.cache.commit import differences
 from vaflow.cache.costs import carry_costs
 from vaflow.cache.layout import canonical
 from vaflow.cache.maintenance import load_streams
-from vaflow.cache.schema import LABELS, Array, Json, Record, StreamInfo, unescape
+from vaflow.cache.packed import refuse_writing
+from vaflow.cache.schema import LABELS, PACKED, STORES, Array, Json, Record, StreamInfo, unescape
 from vaflow.errors import (
     CacheError,
     CorruptError,
@@ -298,7 +299,7 @@ def merge(
     Args:
         out: a folder that is empty, missing, or a cache.
         sources: the caches to merge; their stores may differ.
-        store: of `out`; None: its own, or that of the first source.
+        store: of `out`; None: its own, or that of the first source (zarr if that is packed).
         prefer: version to keep where sources differ: "first" (of the first cache that has the item) or "newest"; the
             same cache for all such streams of an item. None: raise an error.
 
@@ -317,7 +318,9 @@ def merge(
     _check_streams(caches)
     surveys = [survey(cache, "merge") for cache in caches]
     chosen = _choose(caches, surveys, prefer)
-    target = create_cache(out, store=store or caches[0].store)
+    if before and before[0].store == PACKED:
+        raise refuse_writing(before[0].layout)
+    target = create_cache(out, store=store or (caches[0].store if caches[0].store in STORES else "zarr"))
     for source in sources:
         declare_streams(target, source)
     copies = [ItemCopy(key, tuple(cache for cache, _ in claims)) for key, claims in chosen.items()]

@@ -16,7 +16,7 @@ from vaflow.cache.cache import Cache
 from vaflow.cache.commit import discard, load_record, load_stream
 from vaflow.cache.layout import Layout, fingerprint, manifest_document, seal
 from vaflow.cache.packed import PackedCache
-from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems
+from vaflow.cache.schema import LABELS, Record, StoreName, StreamInfo, array_problems, escape
 from vaflow.cache.stores import STORES, decode, file_problem, size_problem
 from vaflow.errors import CacheError, CorruptError, UsageError, examples, explain, similar_names, visible
 from vaflow.files import TEMPORARY
@@ -226,8 +226,10 @@ def open_for_repair(path: Path) -> Cache:
     """
     try:
         return open_cache(path, writable=True)
-    except (CorruptError, UsageError):
+    except (CorruptError, UsageError) as error:
         layout = layout_of(path)
+        if isinstance(error, UsageError) and layout.manifest.exists():  # packed, or no write access
+            raise
         for record_path in sorted(layout.all_records.glob("*/*.json")):
             with suppress(OSError, ValueError):
                 record = load_record(layout, record_path)
@@ -285,19 +287,24 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
         CacheError: writing fails.
     """
     known = clip_streams(cache)
-    unknown = [item for item in dict.fromkeys(items) if item not in known]
+    labels = cache.layout.attempts(LABELS)
+    begun = {item for item in items if item and (labels / escape(item)).is_dir()}  # by a call that was killed
+    unknown = [item for item in dict.fromkeys(items) if item not in known and item not in begun]
     if unknown:
         remedy = similar_names(unknown[0], known, f"Its clips are {examples(sorted(known)) or 'none'}")
         got = examples(unknown) or "an empty name"
         raise UsageError(explain(f"{cache.place} has no such clip", got=got, remedy=remedy))
-    dropped = {item: known[item] for item in dict.fromkeys(items)}
-    if dry_run or not dropped:
+    dropped = {item: known[item] for item in dict.fromkeys(items) if item in known}
+    if dry_run or not items:
         return dropped
     for item, streams in dropped.items():
         for stream in streams:
             cache.drop(stream, item)
-            with suppress(OSError):  # the directory is not empty: another writer's attempt
-                cache.layout.item(stream, item).rmdir()
+    # Last: if this call is killed, these directories show the next one which clips were removed.
+    for folder in (cache.layout.item(stream, item) for item in items for stream in cache.streams()):
+        with suppress(OSError):  # the directory is not empty: another writer's attempt
+            files.refuse_links(cache.layout.root, folder)
+            folder.rmdir()
     cache.refresh_index()
     return dropped
 
