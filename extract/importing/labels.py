@@ -146,10 +146,17 @@ class ImportedLabels:
     def prepare(self, file: FeatureFile, features: Features) -> Prepared:
         """Labels at their own times; at the features' times if the table counts frames or gives spans, or is missing.
 
+        Without a folder of labels, an item keeps those that it has.
+
         Raises:
-            DataError: the table cannot be used; every problem is named with its lines.
+            DataError: the table cannot be used; every problem is named with its lines. Or labels that follow the rows
+                of the features cannot be kept.
         """
         table, item = self._table(file.item), file.item
+        if self._options.folder is None and self._cache.has(LABELS, item):
+            record, kept = self._cache.committed(LABELS, item)
+            if "labels" in record.source:
+                return self._keep(file, features, record, kept)
         annotation = None if table is None else read_labels(table, self._options, features.time)
         has_times = annotation is not None and annotation.time is not None
         arrays = on_clock(annotation, _NO_FRAMES if has_times else features.time)
@@ -169,6 +176,26 @@ class ImportedLabels:
             "targets": [] if annotation is None else list(annotation.targets),
         }
         return Prepared(arrays, source, meta, clock_problem(annotation, features.time))
+
+    def _keep(self, file: FeatureFile, features: Features, record: Record, kept: dict[str, Array]) -> Prepared:
+        """The labels of an earlier import, with the item's split and group of now."""
+        place = {"split": self.split(file.item), "group": self.group(file.item)}
+        source, meta = dict(record.source) | place, dict(record.meta) | place
+        if source.get("stream") == self._stream:
+            if self._follows_rows(file.item, features, kept["time"]):
+                problem = f"The labels of {file.item!r} follow the rows of its features, whose times have changed"
+                raise DataError(explain(problem, remedy="Name the folder of its labels again: --labels DIR"))
+            source = {name: value for name, value in source.items() if name not in ("features", "time")}
+            source |= file.identity()
+            meta["duration"] = max(self._end(features.time), self._end(kept["time"]))
+        return Prepared(kept, source, meta)
+
+    def _follows_rows(self, item: str, features: Features, times: Floats) -> bool:
+        """Whether label times are those of the rows in the cache, and not of the new ones."""
+        if not self._cache.has(self._stream, item):
+            return False
+        rows = self._cache.read(self._stream, item, ["time"]).time.ravel()
+        return np.array_equal(times[: len(rows)], rows) and not np.array_equal(rows, features.time)
 
     def split(self, item: str) -> str | None:
         """The split of the list; without a list, that of the cache."""

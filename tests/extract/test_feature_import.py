@@ -211,6 +211,37 @@ def test_a_second_stream_keeps_labels_and_splits(tmp_path: Path) -> None:
     assert cache.items() == ["a", "new"] and cache.items(stream="mine") == ["a"]
 
 
+def test_an_import_without_a_folder_of_labels_keeps_those_of_the_cache(tmp_path: Path) -> None:
+    for item, times in (("own", np.arange(5.0)), ("rows", np.arange(5.0) + 0.5)):
+        save(tmp_path / "from", item, RNG.normal(size=(5, 2)), times)
+    text(tmp_path / "labels" / "own.csv", "time,valence", "0.25,0.5", "0.75,0.25")
+    text(tmp_path / "labels" / "rows.csv", "frame,valence", "0,0.5", "4,0.25")
+    bring(tmp_path)
+    cache = open_cache(tmp_path / "cache")
+    before = {item: cache.read(LABELS, item) for item in cache.items()}
+
+    def again(stream: str = "mine", folder: str = "from") -> ImportSummary:
+        return import_features(tmp_path / "cache", tmp_path / folder, ImportConfig(stream, "visual"))
+
+    def kept(item: str) -> bool:
+        now, then = cache.read(LABELS, item), before[item]
+        return np.array_equal(now.time, then.time) and np.array_equal(now.value, then.value, equal_nan=True)
+
+    for item, times in (("own", np.arange(6.0)), ("rows", np.arange(5.0) + 0.5)):
+        save(tmp_path / "from", item, RNG.normal(size=(len(times), 2)), times)
+    assert (again().changed, again().done) == (2, 2) and kept("own") and kept("rows")
+    assert cache.meta("own")["duration"] == 6
+
+    save(tmp_path / "other", "own", RNG.normal(size=(3, 2)), np.arange(3.0))
+    text(tmp_path / "other" / "splits.csv", "name,split,group", "own,val,speaker")
+    assert again("other", "other").labelled == 1 and kept("own")
+    assert (cache.meta("own")["split"], cache.meta("own")["group"]) == ("val", "speaker")
+
+    save(tmp_path / "from", "rows", RNG.normal(size=(5, 2)), np.arange(5.0))
+    assert "--labels DIR" in failed(again())["rows"] and kept("rows")
+    assert bring(tmp_path).failures == [] and cache.read(LABELS, "rows").time[0] == 0
+
+
 def test_features_can_be_added_to_an_extracted_cache(tmp_path: Path) -> None:
     cache = create_cache(tmp_path / "cache")
     cache.declare(StreamInfo(LABELS, "labels", 0, "float32", {"encoder": "labels", "decoder": {"backend": "x"}}))
