@@ -18,7 +18,7 @@ from vaflow.cache import Cache, create_cache, open_cache
 from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import FLOAT, LABELS, LOGMEL, PIXELS, Kind, StreamInfo
 from vaflow.datasets.files import SPLITS_FILE, Assignment, assign, head, usable
-from vaflow.errors import DataError, UsageError, examples, explain
+from vaflow.errors import DataError, UsageError, command, examples, explain
 from vaflow.extract.importing.feature_files import (
     Columns,
     FeatureFile,
@@ -150,7 +150,7 @@ def import_features(
     assigned = _assignment(files, labels, folder, config)
     existing = (out / _MANIFEST).exists()
     strangers = _strangers(files, labels, folder, open_cache(out).items() if existing else [])
-    scales = _survey(out, files, config, assigned, folder)
+    scales = _survey(out, files, config, assigned, folder, labels)
     cache = open_cache(out, writable=True) if store is None and existing else create_cache(out, store=store or "zarr")
     options = LabelOptions(labels, config.columns, config.label_rate, assigned)
     target = ImportedLabels(cache, config.stream, config.rate, options)
@@ -321,7 +321,12 @@ def _strangers(files: Sequence[FeatureFile], labels: Path | None, folder: Path, 
 
 
 def _survey(
-    out: Path, files: Sequence[FeatureFile], config: ImportConfig, assigned: Assignment | None, folder: Path
+    out: Path,
+    files: Sequence[FeatureFile],
+    config: ImportConfig,
+    assigned: Assignment | None,
+    folder: Path,
+    labels: Path | None,
 ) -> dict[str, Scale]:
     """Return item -> scale if features are normalised; reads all features before any write.
 
@@ -357,14 +362,27 @@ def _survey(
         if np.abs(ends).max(initial=0.0) > most:
             beyond[item] = float(np.abs(ends).max())
     if beyond:
-        place = f"{shown_place(out)}-float32"
-        command = f"vaflow cache import {place} --stream {config.stream} --kind {config.kind} --from {folder}"
-        command += "" if config.rate is None else f" --rate {config.rate:g}"
         problem = f"{config.dtype} cannot hold the features of {examples(list(beyond))}"
         expected = f"numbers up to {most:g}; nothing was written"
-        remedy = f"Make a new cache: {command} --dtype float32"
+        remedy = f"Make a new cache: {_with_float32(out, config, folder, labels)}"
         raise UsageError(explain(problem, expected=expected, got=f"{max(beyond.values()):g}", remedy=remedy))
     return {item: scales[groups[item]] for item in moments} if groups else {}
+
+
+def _with_float32(out: Path, config: ImportConfig, folder: Path, labels: Path | None) -> str:
+    """The command of this import, for a new cache that stores float32."""
+    words: list[object] = ["--stream", config.stream, "--kind", config.kind, "--from", folder]
+    named = {
+        "--labels": labels,
+        "--rate": config.rate,
+        "--label-rate": config.label_rate,
+        "--normalize-by": config.normalize_by,
+    }
+    for option, value in named.items():
+        words += [] if value is None else [option, value]
+    for name, role in config.columns.roles.items():
+        words += ["--columns", f"{role}={name}"]
+    return command("cache", "import", f"{shown_place(out)}-float32", *words, "--dtype", "float32")
 
 
 def _stream_of(

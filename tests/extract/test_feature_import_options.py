@@ -171,6 +171,15 @@ def test_out_of_range_numbers_are_rejected_before_writing(tmp_path: Path) -> Non
     assert bring(tmp_path, labels=False, dtype="float32").imported == 3
 
 
+def test_the_command_for_other_numbers_has_all_options(tmp_path: Path) -> None:
+    save(tmp_path, "z", scale=1e6)
+    write(tmp_path / "labels" / "z.csv", "t,valence", "0,0.5")
+    with pytest.raises(UsageError) as caught:
+        bring(tmp_path, columns=Columns.parse(["time=t"]), label_rate=29.97002997)
+    options = f"--labels {tmp_path / 'labels'} --rate 2.0 --label-rate 29.97002997 --columns time=t --dtype float32"
+    assert options in str(caught.value)
+
+
 def test_out_of_range_numbers_of_a_changed_file_are_rejected_before_writing(tmp_path: Path) -> None:
     save(tmp_path, "a", "b")
     bring(tmp_path, labels=False)
