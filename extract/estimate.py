@@ -67,13 +67,15 @@ def estimate(
     done = {name for name, items in held.items() if all(clip.id in items for clip in clips)}  # nothing to add to these
     visual, audio = ([name for name in names if name not in done] for names in (config.visual, config.audio))
     grid = config.grid
-    seconds, frames, windows, unreadable = 0.0, 0, 0, 0
-    for duration in tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress):
+    seconds, samples, frames, windows, unreadable = 0.0, 0, 0, 0, 0
+    probed = tqdm(_durations(clips), total=len(clips), unit="clip", desc="probe", disable=not show_progress)
+    for clip, duration in probed:
         if duration is None:
             unreadable += 1
             continue
         seconds += duration
-        frames += len(grid.sample_ticks(duration))
+        samples += len(grid.sample_ticks(duration))
+        frames += len(grid.sample_ticks(duration)) if clip.video or clip.frames else 0
         windows += len(grid.starts(duration))
     result: dict[str, Any] = {
         "items": len(clips),
@@ -88,7 +90,7 @@ def estimate(
     with_audio = sum(have_audio) / len(have_audio) if have_audio else 1.0
     dims, minutes, problem = _measured(config, built, done, some, seconds, frames, windows * with_audio)
     size = 2 if config.dtype == "float16" else 4
-    sizes: dict[str, float] = {name: dims[name] * size * frames for name in config.visual}
+    sizes: dict[str, float] = {name: dims[name] * size * samples for name in config.visual}
     sizes |= {name: dims[name] * size * config.audio_steps * windows for name in config.audio}
     sizes |= {LOGMEL: with_audio * seconds * 100 * (128 * size + 9), LABELS: seconds * 30 * 18}
     sizes[PIXELS] = JPEG_BYTES * frames if config.pixels else 0
@@ -124,8 +126,8 @@ def _held(out: Path, config: ExtractConfig, built: Built | str) -> dict[str, set
     return held
 
 
-def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
-    """Seconds of every clip, in any order; None if unreadable. FFmpeg opens files without a duration in the header."""
+def _durations(clips: Sequence[Clip]) -> Iterator[tuple[Clip, float | None]]:
+    """Every clip with its seconds, in any order; None if unreadable. FFmpeg opens files whose header lacks them."""
     media = [clip.video or (None if clip.frames else clip.audio) for clip in clips]
     unknown = []
     known = side_by_side(lambda path: header_seconds(path) if path else None, media)
@@ -133,9 +135,9 @@ def _durations(clips: Sequence[Clip]) -> Iterator[float | None]:
         if seconds is None or seconds > MAX_SECONDS:
             unknown.append(clip)
         else:
-            yield seconds
-    for _, duration in each(probed_duration, unknown):
-        yield None if isinstance(duration, Failed) else duration
+            yield clip, seconds
+    for number, duration in each(probed_duration, unknown):
+        yield unknown[number], None if isinstance(duration, Failed) else duration
 
 
 def probed_duration(clip: Clip) -> float | None:

@@ -1,6 +1,7 @@
 """`--dry-run`: size and time are measured on the streams that exist."""
 
 import shutil
+import wave
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +24,17 @@ CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu",
 def test_estimated_size_equals_the_cache_size(clips: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     shutil.copy(clips / name, tmp_path / "data" / name)
+    with wave.open(str(tmp_path / "data" / "voice.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 8000))
     dataset = open_dataset(tmp_path / "data", "videos")
     result = estimate(dataset, tmp_path / "cache", CONFIG, Shard())
     extract(dataset, tmp_path / "cache", CONFIG)
-    streams = open_cache(tmp_path / "cache").info()["streams"].values()
+    cache = open_cache(tmp_path / "cache")
+    streams = cache.info()["streams"].values()
     written = sum(stream["bytes"] for stream in streams if stream["kind"] != "text") / 1e6
     assert result["megabytes"] == pytest.approx(written, rel=0.3, abs=0.05)
+    assert result["frames_to_encode"] == len(cache.read("clip-tiny", Path(name).stem).time), "the audio file has none"
 
 
 def test_estimated_time_is_measured_with_the_encoders(two_clips: Path, tmp_path: Path) -> None:
