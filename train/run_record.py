@@ -93,8 +93,13 @@ def _digest(records: Sequence[Record], group: str) -> ClipDigest:
     return ClipDigest(blake2b(canonical(contents), digest_size=16).hexdigest(), frozenset(media), group)
 
 
-def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDigest]) -> None:
+def check_splits_apart(
+    train: Mapping[str, ClipDigest], val: Mapping[str, ClipDigest], allow: str = "--set shared_sources=true"
+) -> None:
     """Refuse splits that share a recording: validation scores would be those of clips seen in training.
+
+    Args:
+        allow: how the user allows it, for the message.
 
     Raises:
         UsageError: a clip of `train` and one of `val` were made from the same file; pairs are named.
@@ -102,7 +107,7 @@ def check_splits_apart(train: Mapping[str, ClipDigest], val: Mapping[str, ClipDi
     pairs = _pairs(train, val)
     if pairs:
         problem = "The training and the validation split share recordings"
-        remedy = "Remove one clip of each pair from the cache, or allow it with --set shared_sources=true"
+        remedy = f"Remove one clip of each pair from the cache, or allow it with {allow}"
         raise UsageError(explain(problem, got=_list_pairs(pairs), remedy=remedy))
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from vaflow.cache import Cache
 from vaflow.encoders import random_encoders
-from vaflow.errors import DataError, UsageError, VaflowError, explain
+from vaflow.errors import DataError, UsageError, VaflowError, examples, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.pages import render
 from vaflow.train.ablate.pool import Pool
@@ -29,6 +29,7 @@ from vaflow.train.folds import make_folds, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.repeats import one_thread
 from vaflow.train.run_folder import RunFolder
+from vaflow.train.run_record import check_splits_apart, clip_digests
 from vaflow.train.search_space import (
     DONE,
     FAILED,
@@ -65,14 +66,15 @@ def run_search(
     """Search for settings; run it again to resume, or with more trials to continue.
 
     The score of a trial chooses the winner, so it is optimistic. The winner's models are scored on a split that no
-    trial has seen: neither the choice of the trial nor that of an epoch depends on it.
+    trial has seen: neither the choice of the trial nor that of an epoch depends on it. It may not share recordings with
+    the training split, unless the space sets `shared_sources`.
 
     Args:
         pool: keyword arguments of `vaflow.train.ablate.pool.Pool`: engine, ray_address, level, on_choice.
 
     Raises:
-        UsageError: Optuna is not installed, a split or the folds do not exist, `out` holds another search, or another
-            process uses it.
+        UsageError: Optuna is not installed, a split or the folds do not exist, the splits share clips or recordings,
+            `out` holds another search, or another process uses it.
         CorruptError: the log of the search is damaged.
     """
     try:
@@ -83,8 +85,8 @@ def run_search(
     if trials < 1:
         raise UsageError(explain(f"--trials must be >= 1 (got {trials})"))
     RunFolder(out).refuse()
-    split_items(cache, options.holdout, TrainConfig.fold_splits)
     make_folds(cache, (options.train,), options.folds)
+    _check_apart(cache, space, options)
     if not {"visual", "audio", "text"} & space.searched.keys():  # errors that would fail every trial are raised here
         resolve(cache, merge(space.fixed))
     with lock_folder(out, "vaflow search"):
@@ -101,8 +103,26 @@ def run_search(
                         on_trial(trial)
             done = [trial for trial in finished.trials if trial.state == DONE]
             best = max(done, key=lambda trial: trial.score, default=None)
-            holdout = {} if best is None else runner.holdout(best)
-        return write_results(cache, space, out, options, finished.trials, best, holdout)
+            holdout, warnings = ({}, ()) if best is None else runner.holdout(best)
+        return write_results(cache, space, out, options, finished.trials, best, holdout, warnings)
+
+
+def _check_apart(cache: Cache, space: Space, options: SearchOptions) -> None:
+    """Check that no trial trains on a clip or a recording of the held-out split.
+
+    Raises:
+        UsageError: a split does not exist, or both share clips or recordings.
+    """
+    streams = [name for name, info in cache.streams().items() if info.kind != "text"]
+    train, holdout = (
+        clip_digests(cache, streams, split_items(cache, split, TrainConfig.fold_splits))
+        for split in (options.train, options.holdout)
+    )
+    if both := sorted(train.keys() & holdout.keys()):
+        problem = f"--holdout {options.holdout} holds clips of the split that is searched ({options.train})"
+        raise UsageError(explain(problem, expected="a split that no trial sees", got=examples(both)))
+    if not space.fixed.get("shared_sources"):
+        check_splits_apart(train, holdout, "shared_sources = true in the space")
 
 
 def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -> None:
@@ -258,9 +278,10 @@ class _Runner:
         folds = range(1, options.folds + 1)
         return {each.trial.number: [scores[each.trial.number, fold] for fold in folds] for each in trials}
 
-    def holdout(self, best: Trial) -> dict[str, tuple[float, ...]]:
-        """CCC of the winner's models on the held-out split: dimension -> one per inner fold."""
+    def holdout(self, best: Trial) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
+        """CCC of the winner's models on the held-out split, dimension -> one per inner fold; warnings about them."""
         scores: dict[str, list[float]] = {}
+        warnings: dict[str, None] = {}
         for fold in range(1, self._options.folds + 1):
             report = evaluate_run(
                 self.folder(best.number, fold),
@@ -270,10 +291,11 @@ class _Runner:
                 allow_missing=self._options.allow_missing,
                 fold_splits=TrainConfig.fold_splits,
             )
+            warnings |= dict.fromkeys(report["warnings"])
             for name, value in report["ccc"].items():
                 if value is not None:
                     scores.setdefault(name, []).append(value)
-        return {name: tuple(values) for name, values in scores.items()}
+        return {name: tuple(values) for name, values in scores.items()}, tuple(warnings)
 
 
 def write_results(
@@ -284,6 +306,7 @@ def write_results(
     trials: Sequence[Trial],
     best: Trial | None,
     holdout: Mapping[str, tuple[float, ...]],
+    warnings: Sequence[str] = (),
 ) -> SearchResult:
     """Write all files of a search; returns its result."""
     files = {"csv": out / "trials.csv", "json": out / RESULT, "html": out / "search.html"}
@@ -295,7 +318,7 @@ def write_results(
         write_file(files["config"], to_toml(config))
         config, _ = resolve(cache, config)
         streams = (*config.visual, *config.audio)
-    result = SearchResult(tuple(trials), best, holdout, importances(space, trials), files)
+    result = SearchResult(tuple(trials), best, holdout, importances(space, trials), files, tuple(warnings))
     write_file(files["json"], json.dumps(result.document(), indent=1) + "\n")
     page = render(
         "search.html",

@@ -223,6 +223,7 @@ class SearchResult:
         holdout: metrics of the winner's models, one per inner fold, on the held-out split: dimension -> CCC of each.
         importance: setting -> share, largest first; empty with few trials.
         files: "csv", "json", "html", "config" (settings of the winner) -> path.
+        warnings: about the scores on the held-out split.
     """
 
     trials: tuple[Trial, ...]
@@ -230,6 +231,7 @@ class SearchResult:
     holdout: Mapping[str, tuple[float, ...]]
     importance: Mapping[str, float]
     files: Mapping[str, Path]
+    warnings: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """`search.json`, which --json prints."""
@@ -240,6 +242,7 @@ class SearchResult:
             "states": {state: sum(t.state == state for t in self.trials) for state in (DONE, STOPPED, FAILED)},
             "best": winner,
             "holdout_ccc": {name: sum(values) / len(values) for name, values in self.holdout.items()},
+            "warnings": list(self.warnings),
             "importance": dict(self.importance),
             "files": {kind: str(path) for kind, path in self.files.items()},
         }

@@ -262,6 +262,37 @@ def test_trials_on_other_clips_are_not_continued(searched, cache, tmp_path, comm
     assert "started differently. Got: other clips." in capsys.readouterr().err
 
 
+def test_a_held_out_split_of_recordings_that_trials_see_is_rejected(command, cache, tmp_path, capsys):
+    twins = tmp_path / "twins"
+    shutil.copytree(cache, twins)
+    opened = open_cache(twins, writable=True)
+    for item in ("train0", "val0"):
+        one = opened.read("toy-eyes", item)
+        opened.write("toy-eyes", item, dict(one.arrays), meta=dict(one.meta), source={"video": {"blake2b": "ab"}})
+    arguments = [str(twins) if argument == str(cache) else argument for argument in command]
+    assert main([*arguments, "--trials", "1", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "train0 and val0" in message and "shared_sources = true in the space" in message
+    assert main([*command, "--trials", "1", "--holdout", "rest1of2", "--out", str(tmp_path / "out")]) == 2
+    assert "--holdout rest1of2 holds clips of the split that is searched (train)" in capsys.readouterr().err
+
+
+def test_warnings_about_the_held_out_split_are_printed(searched, command, cache, tmp_path, capsys):
+    out, changed = tmp_path / "out", tmp_path / "cache"
+    shutil.copytree(searched, out)
+    shutil.copytree(cache, changed)
+    opened = open_cache(changed, writable=True)
+    for item in opened.items(split="val"):
+        labels = opened.read("labels", item)
+        opened.write("labels", item, {**labels.arrays, "valid": labels.valid & [True, False]}, meta=dict(labels.meta))
+    arguments = [str(changed) if argument == str(cache) else argument for argument in command]
+    assert main([*arguments, "--trials", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "warning: arousal is not labelled in this split" in printed.err and "CCC arousal" not in printed.out
+    assert "arousal is not labelled in this split" in (out / "search.html").read_text()
+    assert "arousal is not labelled in this split" in json.loads((out / "search.json").read_text())["warnings"]
+
+
 def test_a_run_directory_is_not_searched_in(command, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.toml").touch()

@@ -12,6 +12,8 @@ from vaflow.errors import FAILED, UsageError, count, explain, visible
 from vaflow.process import check_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vaflow.train.ablate import StudyResult
     from vaflow.train.ablate.pool import Outcome
     from vaflow.train.ablate.results import TableResult
@@ -274,10 +276,18 @@ def search(
     if outer_folds:
         nested = run_nested_search(*arguments, outer_folds, **shown)
         output.result(nested.document, lambda: nested_summary(nested))
+        _print_warnings(nested.searches, output)
         return 0
     result = run_search(*arguments, **shown)
     output.result(result.document, lambda: search_summary(result, options.holdout))
+    _print_warnings([result], output)
     return FAILED if result.best is None else 0
+
+
+def _print_warnings(searches: "Sequence[SearchResult]", output: Output) -> None:
+    """Print the warnings about the scores on held-out splits; --json has them in the document."""
+    for warning in () if output.json or output.quiet else [text for search in searches for text in search.warnings]:
+        echo(visible(f"warning: {warning}"), err=True)
 
 
 def _print_trial(trial: "Trial", trials: int) -> None:
