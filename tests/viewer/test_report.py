@@ -214,22 +214,30 @@ def test_clips_that_changed_in_the_cache_since_they_were_scored_are_named(
     file = tmp_path / "run/predictions/val/sources.json"
     sources = json.loads(file.read_text()) | {"cache": str(cache.path)}
     for item in ("same", "changed", "dropped"):
-        sources["items"][item]["records"][LABELS] |= {"attempt": cache.write(LABELS, item, arrays).attempt}
+        attempt = cache.write(LABELS, item, arrays, meta={"split": "val"}).attempt
+        sources["items"][item]["records"][LABELS] |= {"attempt": attempt}
     file.write_text(json.dumps(sources))
     assert read_run(tmp_path / "run").outdated == ()
     assert main(["runs", str(tmp_path)]) == 0
     assert "outdated" not in capsys.readouterr().out
-    cache.write(LABELS, "changed", arrays)
+    cache.write(LABELS, "changed", arrays, meta={"split": "val"})
     cache.drop(LABELS, "dropped")
+    cache.write(LABELS, "other", arrays, meta={"split": "test"})
     assert read_run(tmp_path / "run").outdated == ("changed", "dropped")
     write_report([tmp_path / "run"], tmp_path / "report.html")
-    message = "the cache has changed since these clips were scored: changed, dropped"
+    message = "these clips of split val have changed since it was scored: changed, dropped"
     assert message in (tmp_path / "report.html").read_text()
     assert main(["runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "run (outdated)" in printed and f"run: {message}. Score again: vaflow evaluate {tmp_path}" in printed
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["outdated"] == ["changed", "dropped"]
+    cache.write(LABELS, "other", arrays, meta={"split": "val"})
+    assert read_run(tmp_path / "run").outdated == ("changed", "dropped", "other"), "it joined the split"
+    for item in ("same", "changed", "other"):
+        cache.drop(LABELS, item)
+    cache.write(LABELS, "same", arrays)
+    assert [line.outdated for line in list_runs(tmp_path)] == [("same", "changed", "dropped")], "the split is empty"
 
 
 def test_the_list_of_runs_does_not_connect_to_object_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +257,8 @@ def test_a_cache_that_was_moved_with_its_run_is_compared(tmp_path: Path) -> None
         file = tmp_path / "old/run" / name
         file.write_text(file.read_text().replace("/no/such/cache", str(cache.path)))
     sources = json.loads(file.read_text())
-    sources["items"]["a"]["records"][LABELS] |= {"attempt": cache.write(LABELS, "a", arrays).attempt}
+    attempt = cache.write(LABELS, "a", arrays, meta={"split": "val"}).attempt
+    sources["items"]["a"]["records"][LABELS] |= {"attempt": attempt}
     file.write_text(json.dumps(sources))
     config = tmp_path / "old/run/config.toml"
     config.write_text('cache_relative = "../cache"\n' + config.read_text())

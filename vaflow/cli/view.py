@@ -113,8 +113,8 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
 
     Valence, arousal and mean are the CCC on the split that was scored, 95 % the interval of the mean. A smoothing that
     was tuned on that split makes its score optimistic. A run is outdated if its clips were extracted or labelled
-    again, or dropped from the cache, since it was scored; caches on object stores are not read. -v adds the fusion and
-    the streams.
+    again, dropped from the cache, or moved into or out of the split since it was scored; caches on object stores are
+    not read. -v adds the fusion and the streams.
 
     Example: vaflow runs runs
     """
@@ -139,7 +139,8 @@ def runs(output: Output, root: RunsRoot = Path()) -> int:
     for line in lines:
         if line.outdated:
             clips, again = examples(line.outdated), command("evaluate", root / line.path)
-            echo(f"\n{line.path}: the cache has changed since these clips were scored: {clips}. Score again: {again}")
+            changed = f"these clips of split {line.split} have changed since it was scored: {clips}"
+            echo(f"\n{line.path}: {changed}. Score again: {again}")
     return 0
 
 

@@ -22,6 +22,7 @@ from vaflow.cache.schema import Record
 from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, examples, explain
 from vaflow.timeline import Bools, Floats
+from vaflow.train.folds import source_splits
 from vaflow.train.metrics import DIMENSIONS, SCORES, smoothing_text
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ REQUIRED = ("frame", "time", *DIMENSIONS)
 SOURCES = "sources.json"
 FLAGS = ("face", "audio", "far_from_training", "interpolated")  # columns of 0 and 1
 ReadRecord = Callable[[str, str], Record]  # of a stream and an item
+OpenedCache = tuple[Cache, ReadRecord]
 _EMPTY_CELL = re.compile(rb",(?=[,\r\n]|$)")
 _LIMIT = 4 * 2**30  # bytes of one CSV file
 _DEPTH = 4  # directories below the one that `vaflow runs` searches
@@ -256,8 +258,8 @@ class RunLine:
     """One line of `vaflow runs`: a run and its headline, or why it has none.
 
     Attributes:
-        outdated: clips whose records in the cache are no longer those that were scored; empty if this is not known,
-            because the cache is not on this machine.
+        outdated: clips whose records in the cache are no longer those that were scored, and clips that left or joined
+            the split; empty if this is not known, because the cache is not on this machine.
     """
 
     path: str
@@ -282,7 +284,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
     """
     if not root.is_dir():
         raise UsageError(explain(f"{root} is not a directory", expected="a directory with runs"))
-    caches: dict[str, ReadRecord | None] = {}
+    caches: dict[str, OpenedCache | None] = {}
     patterns = ["/".join(["*"] * depth + ["config.toml"]) for depth in range(_DEPTH + 1)]
     for path in sorted(file for pattern in patterns for file in root.glob(pattern)):
         line = _line(root, path.parent, caches)
@@ -290,7 +292,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
             yield line
 
 
-def _line(root: Path, run: Path, caches: dict[str, ReadRecord | None]) -> RunLine | None:
+def _line(root: Path, run: Path, caches: dict[str, OpenedCache | None]) -> RunLine | None:
     name = run.relative_to(root).as_posix()
     try:
         config = tomllib.loads((run / "config.toml").read_text("utf-8"))
@@ -319,13 +321,13 @@ def _line(root: Path, run: Path, caches: dict[str, ReadRecord | None]) -> RunLin
 
 
 def _outdated(
-    run: Path, config: Mapping[str, Any], split: str, caches: dict[str, ReadRecord | None]
+    run: Path, config: Mapping[str, Any], split: str, caches: dict[str, OpenedCache | None]
 ) -> tuple[str, ...]:
-    """Scored clips whose records in the cache are no longer those that were scored; empty if this is not known.
+    """`RunLine.outdated` of a run.
 
     Args:
-        caches: address -> records of a cache that was opened, each read once for all runs; None where the cache is on
-            an object store, or cannot be opened.
+        caches: address -> a cache that was opened, with its records, each read once for all runs; None where the cache
+            is on an object store, or cannot be opened.
     """
     folder = run / "predictions" / split
     try:
@@ -336,13 +338,35 @@ def _outdated(
     place = cache_place(run, config, str(sources.get("cache") or ""))
     if place not in caches:
         cache = PredictionSet(run, (), place).open_cache() if place and url_of(place) is None else None
-        caches[place] = None if cache is None else remembered(cache.record)
-    record_of = caches[place]
-    if record_of is None:
+        caches[place] = None if cache is None else (cache, remembered(cache.record))
+    opened = caches[place]
+    if opened is None:
         return ()
+    cache, record_of = opened
     items = ((item, _mapping(source)) for item, source in _mapping(sources.get("items")).items())
     clips = [PredictedClip(item, folder / f"{item}.csv", split, source) for item, source in items]
-    return tuple(clip.item for clip in clips if clip.is_outdated(record_of))
+    return outdated_clips(clips, split, cache, record_of)
+
+
+def outdated_clips(clips: Sequence[PredictedClip], split: str, cache: Cache, record_of: ReadRecord) -> tuple[str, ...]:
+    """Names of clips whose records are no longer those that were scored, and of clips that left or joined the split.
+
+    Folds follow from the labels of all clips: of a fold, only changed records are known.
+
+    Args:
+        clips: all that were scored as `split`.
+        record_of: `cache.record`.
+    """
+    changed = [clip.item for clip in clips if clip.is_outdated(record_of)]
+    now = scored = {clip.item for clip in clips}
+    if source_splits(split, ()) == (split,):  # no fold
+        try:
+            now = set(cache.items(split=split))
+        except UsageError:  # no clip has this split any more
+            now = set()
+        except CacheError:
+            now = scored
+    return tuple(dict.fromkeys([*changed, *sorted(now ^ scored)]))
 
 
 def cache_place(run: Path, config: Mapping[str, Any], recorded: str) -> str:

@@ -20,7 +20,7 @@ from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, UsageError, command, explain
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, region_of, scope, video_moments
-from vaflow.viewer import PredictedClip, PredictionSet, find_predictions, read_predictions
+from vaflow.viewer import PredictedClip, PredictionSet, find_predictions, outdated_clips, read_predictions
 from vaflow.viewer.clip_data import ClipScores, masks_of, scores_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class RunResults:
         plane: sums over all labelled frames.
         masked: of the split: frames, unlabelled frames, seconds, seconds without a face; None: not recorded.
         scope: what the scores are of.
-        outdated: clips whose records in the cache are no longer those that were scored.
+        outdated: clips whose records in the cache are no longer those that were scored, or that left or joined the
+            split.
     """
 
     path: Path
@@ -151,7 +152,7 @@ def read_run(path: Path, name: str = "") -> RunResults:
         clips.append(ReportClip(clip, scores, np.concatenate([table.va[at].T, label[at].T]), std))
     _check_same_frames(path, metrics, moments)
     known: dict[str, float | None] = {k: v if np.isfinite(v) else None for k, v in masked.items()}
-    outdated = tuple(clip.item for clip in of_split if cache is not None and clip.is_outdated(cache.record))
+    outdated = () if cache is None else outdated_clips(of_split, split, cache, cache.record)
     parts = (prediction_set, tuple(clips), moments, plane, known, scored, outdated)
     return RunResults(path, name or path.name, config, text, metrics, history, *parts)
 
