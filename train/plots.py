@@ -13,7 +13,7 @@ import numpy as np
 
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import visible
-from vaflow.timeline import Bools, Floats, median_interval
+from vaflow.timeline import Bools, Floats, isolated_rows, median_interval
 from vaflow.train.metrics import DIMENSIONS, concordance
 from vaflow.train.traces import Trace
 
@@ -45,7 +45,8 @@ def plot_trace(path: Path, trace: Trace, note: str = "") -> None:
     for k, name in enumerate(DIMENSIONS):
         axes[k].axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
         if np.isfinite(label[:, k]).any():
-            axes[k].plot(time, label[:, k], color=LABEL, linewidth=1.6, label="label", zorder=2)
+            dots: dict[str, Any] = {"marker": ".", "markersize": 4, "markevery": isolated_rows(label[:, k])}
+            axes[k].plot(time, label[:, k], color=LABEL, linewidth=1.6, label="label", zorder=2, **dots)
         axes[k].plot(time, va[:, k], color=COLORS[name], linewidth=1.7, label=f"predicted {name}", zorder=3)
         if std is not None:
             low, high = (va[:, k] + sign * 1.96 * std[:, k] for sign in (-1, 1))

@@ -125,6 +125,12 @@ def nearest(times: Floats, queries: Floats) -> Ints:
     return np.where(queries - times[before] <= times[after] - queries, before, after)
 
 
+def isolated_rows(values: Floats) -> list[int]:
+    """Rows of a trace [N] with a value between rows without one (NaN): no line leads to them."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    return [int(row) for row in np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])]
+
+
 def median_interval(times: Floats, default: float = 1 / 30) -> float:
     """Return the median seconds between successive times; `default` if there are fewer than two."""
     gaps = np.diff(np.asarray(times, np.float64))

@@ -39,6 +39,17 @@ def test_a_complete_trace_is_plotted(tmp_path: Path) -> None:
     assert pixels(one, plots.LABEL) > 300 > pixels(other, plots.LABEL)  # antialiased letters also contain grey
 
 
+def test_labels_between_rows_without_a_label_are_plotted(tmp_path: Path) -> None:
+    time, va, _ = trace(6)
+    label = np.where(np.arange(len(time))[:, None] % 5 == 1, -va, np.nan)
+    grey = []
+    for name, shown in (("plain", va * np.nan), ("labels", label)):
+        plot(tmp_path / f"{name}.png", time, va, label=shown)
+        image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)[60:]  # without the legend
+        grey.append((np.abs(image - int(plots.LABEL[1:3], 16)).max(axis=-1) < 24).sum())
+    assert grey[1] > grey[0] + 300
+
+
 def pixels(image: Image.Image, colour: str) -> int:
     """Number of pixels with exactly that colour."""
     rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))

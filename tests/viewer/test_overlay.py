@@ -1,5 +1,6 @@
 """The overlay video: frames at their times, cursor and point at the predictions, audio kept."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,7 +12,7 @@ from vaflow.cli import main
 from vaflow.errors import MediaError
 from vaflow.predict import Predicted, PredictSummary
 from vaflow.viewer import read_predictions
-from vaflow.viewer.video import MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
+from vaflow.viewer.video import LABEL, MARGIN, PANEL, PREDICTION, TEXT, TRACE, write_overlay
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,15 @@ def test_the_overlay_shows_the_prediction_of_every_frame(numbered: Path, tmp_pat
         v, a = table.va[row]
         expected = np.array([16 + (1 - a) / 2 * (PANEL - 44), 28 + (v + 1) / 2 * (PANEL - 44)])
         assert np.linalg.norm(dot - expected, axis=1).min() < 3
+
+
+def test_labels_between_rows_without_a_label_are_drawn(numbered: Path, tmp_path: Path) -> None:
+    table = read_predictions(numbered / "predictions" / "constant.csv")
+    label = np.where(np.arange(len(table.time))[:, None] % 6 == 1, -table.va, np.nan)
+    write_overlay(numbered / "media" / "constant.mp4", replace(table, label=label), tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as media:
+        image = next(media.decode(video=0)).to_ndarray(format="rgb24")
+    assert near(image[max(HEIGHT, PANEL) :, MARGIN:], LABEL).sum() > 60
 
 
 def test_a_box_is_drawn_at_its_position(numbered: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import UsageError
-from vaflow.viewer import find_predictions, list_runs
+from vaflow.viewer import find_predictions, list_runs, read_predictions, report
+from vaflow.viewer.page import write_viewer
 from vaflow.viewer.report import paired_differences, write_report
 from vaflow.viewer.run_results import read_run, read_runs
 
@@ -283,3 +285,25 @@ def test_predictions_of_an_earlier_run_are_named(tmp_path: Path, caplog: pytest.
     ]
     with pytest.raises(UsageError, match=r"has no predictions.*Got: no such file or directory"):
         find_predictions(tmp_path / "none")
+
+
+def test_labels_between_rows_without_a_label_are_drawn(tmp_path: Path, open_page: Any) -> None:
+    lines = [f"{k},{k / 25:.2f},0.5,0.5,{',' if k % 5 != 1 else '-0.5,-0.5'}" for k in range(101)]
+    (tmp_path / "a.csv").write_text("\n".join(["frame,time,valence,arousal,label_valence,label_arousal", *lines]))
+    table = read_predictions(tmp_path / "a.csv")
+    assert table.label is not None
+    assert report._path(table.label[:12, 0]) == "M27.3 37.0h2M163.6 37.0h2M300.0 37.0h2"
+    page = open_page(write_viewer(tmp_path / "a.csv", tmp_path / "view").page)
+    page.wait_for_selector("html[data-ready]")
+    drawn = """() => {
+        const canvas = document.querySelector('[data-trace=valence] canvas'), context = canvas.getContext('2d');
+        const [r, g, b] = vaflow.color('label').match(/[0-9a-f]{2}/gi).map((text) => parseInt(text, 16));
+        const { data } = context.getImageData(0, canvas.height / 2, canvas.width, canvas.height / 2 - 22);
+        let count = 0;
+        for (let i = 0; i < data.length; i += 4) {
+            const off = Math.max(Math.abs(data[i] - r), Math.abs(data[i + 1] - g), Math.abs(data[i + 2] - b));
+            count += off < 40;
+        }
+        return count;
+    }"""
+    assert page.evaluate(drawn) > 100

@@ -17,7 +17,7 @@ from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import UsageError, command, examples, explain
 from vaflow.files import write_file
 from vaflow.pages import render
-from vaflow.timeline import Floats
+from vaflow.timeline import Floats, isolated_rows
 from vaflow.train.metrics import (
     DIMENSIONS,
     SCORES,
@@ -114,13 +114,15 @@ def attention_chart(summary: AttentionSummary) -> dict[str, Any]:
 
 
 def _path(values: Floats) -> str:
-    """An SVG path of values in [-1, 1]; interrupted at NaN."""
+    """An SVG path of values in [-1, 1]; interrupted at NaN. A value between two NaN is a line of 2 units."""
     parts, pen = [], "M"
+    isolated = set(isolated_rows(values))
     for i, value in enumerate(values):
         if not np.isfinite(value):
             pen = "M"
             continue
         parts.append(f"{pen}{300 * i / max(1, len(values) - 1):.1f} {25 - 24 * min(1, max(-1, value)):.1f}")
+        parts += ["h2"] * (i in isolated)
         pen = "L"
     return "".join(parts)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +230,10 @@ class _Overlay:
             for begin, end in [] if table.far is None else spans(table.far, table.time).tolist():
                 pen.rectangle([self._x(begin), self._top(k) + TRACE - 5, self._x(end), self._top(k) + TRACE - 2], FAR)
             if table.label is not None:
-                label = table.label[rows, k]
-                for at, value in zip(rows[::6], label[::6], strict=True):  # dots, so that colour is not needed
-                    if np.isfinite(value):
-                        x, y = self._x(table.time[at]), self._y(k, value)
-                        pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], LABEL)
+                labelled = np.flatnonzero(np.isfinite(table.label[:, k]))
+                for at in labelled[:: max(1, ceil(6 * len(labelled) / len(rows)))]:  # dots: colour is not needed
+                    x, y = self._x(table.time[at]), self._y(k, table.label[at, k])
+                    pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], LABEL)
             pen.line([(self._x(table.time[i]), self._y(k, table.va[i, k])) for i in rows], PREDICTION, 2)
         for edge in (-1, -self._centers / 2, self._centers / 2, 1):
             pen.line([self._point(np.array([edge, -1])), self._point(np.array([edge, 1]))], GRID)

@@ -5,6 +5,12 @@
   const TRACE = 118, WAVE = 46, SPEECH = 8, MASK = 11, REGION = 8;
   const MASKS = [["noFace", "no face", "noface", 6], ["noAudio", "no audio", "noaudio", -6], ["unlabelled", "unlabelled", "unlabelled", 0], ["far", "far from training", "far", null]];
 
+  // Rows between rows without a value: no line leads to them, so they are drawn as points.
+  function isolated(plot, series) {
+    const column = plot.data[series], empty = (i) => column[i] === null || column[i] === undefined;
+    return Object.keys(column).map(Number).filter((i) => !empty(i) && empty(i - 1) && empty(i + 1));
+  }
+
   // A translucent span; hatching differs by kind, so that colour is not needed to tell them apart.
   function shade(context, x, y, width, height, color, slant, strength = 1) {
     context.save();
@@ -152,6 +158,7 @@
       const [soft, grid] = [vaflow.color("soft"), vaflow.color("grid")];
       const axis = { stroke: soft, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "11px system-ui, sans-serif" };
       const edge = { stroke: "transparent", points: { show: false } };
+      const colored = (name, width) => ({ stroke: vaflow.color(name), width, points: { show: false, filter: isolated, size: 4, fill: vaflow.color(name) } });
       return {
         width: this.root.clientWidth,
         height: TRACE,
@@ -166,8 +173,8 @@
         ],
         series: [
           {},
-          { stroke: vaflow.color("prediction"), width: 2, points: { show: false } },
-          { stroke: vaflow.color("label"), width: 1.5, dash: [6, 4], points: { show: false } },
+          colored("prediction", 2),
+          { ...colored("label", 1.5), dash: [6, 4] },
           ...(band ? [edge, edge] : []),
         ],
         bands: band ? [{ series: [3, 4], fill: vaflow.color("band") }] : [],
