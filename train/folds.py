@@ -55,6 +55,17 @@ def read_groups(path: Path) -> dict[str, dict[str, str]]:
     return {kind: {i: c for i, c in zip(items, cells[kind], strict=True) if c} for kind in kinds}
 
 
+def absolute_groups(text: str) -> str:
+    """`FILE:COLUMN` with the absolute path of the file, for other working directories; other texts as they are."""
+    path, _, kind = text.rpartition(":")
+    located = f"{Path(path).resolve()}:{kind}" if path else text
+    try:
+        located.encode("utf-8")
+    except UnicodeEncodeError:  # a folder that TOML cannot name
+        return text
+    return located
+
+
 def read_column(text: str) -> dict[str, str]:
     """Read `FILE.csv:COLUMN`, one kind of group: item -> group.
 

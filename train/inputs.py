@@ -21,7 +21,7 @@ from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.timeline import Bools, Floats, Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec, target_specs
 from vaflow.train.config import NONE, TrainConfig
-from vaflow.train.folds import with_folds
+from vaflow.train.folds import absolute_groups, with_folds
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
         raise UsageError(explain(problem, expected="a visual or audio stream", got=got, remedy=remedy))
     config = replace(
         with_folds(config),
+        fold_groups=absolute_groups(config.fold_groups),
         visual=tuple(info.name for info in visual) or (NONE,),
         audio=tuple(info.name for info in audio) or (NONE,),
     )

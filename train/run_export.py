@@ -75,7 +75,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
     named = {path.relative_to(folder.path).as_posix(): path for path in files if path.is_file()}
     groups = Path(record.config.fold_groups).name
     settings = replace(record.config, init="", text_weights="", fold_groups=groups)
-    shared = replace(record, cache="", cache_relative="", config=settings)
+    shared = replace(record, cache="", cache_relative="", groups_relative="", config=settings)
     config = shared.document() | {"files": sorted(named)}
     weights = model.state_dict()
     config |= {

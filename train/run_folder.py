@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,7 +152,9 @@ class RunFolder:
         file = self.config_file if self.config_file.is_file() else self.path / PUBLISHED_CONFIG
         try:
             text = file.read_text("utf-8")
-            return RunRecord.from_document(json.loads(text)) if file.suffix == ".json" else RunRecord.from_toml(text)
+            if file.suffix == ".json":
+                return RunRecord.from_document(json.loads(text))
+            return _located(RunRecord.from_toml(text), self.path)
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
@@ -234,6 +237,15 @@ class LoadedRun:
         """Predict every clip, with smoothing, calibrated deviations and marks; raises as `predict_clips`."""
         traces = calibrated(self.raw_traces(windows), self.calibration)
         return traces if self.training_features is None else self.training_features.mark(windows, traces)
+
+
+def _located(record: RunRecord, run: Path) -> RunRecord:
+    """The record of a run that may have been moved together with the file of `fold_groups`."""
+    path, _, column = record.config.fold_groups.rpartition(":")
+    if not record.groups_relative or Path(path).is_file():
+        return record
+    moved = os.path.normpath(run.resolve() / record.groups_relative)
+    return replace(record, config=replace(record.config, fold_groups=f"{moved}:{column}"))
 
 
 def refuse_ensemble(path: Path) -> None:

@@ -7,12 +7,11 @@ splits and their labels, a progress bar, the scores of each epoch, and TensorBoa
 import json
 import logging
 import os
-import shlex
 import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -189,6 +188,7 @@ class RunRecord:
         targets: further targets, predicted beside valence and arousal.
         tuned: of a fine-tuned run, the streams that its encoders make; empty until it is finished.
         cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
+        groups_relative: path of the file of `fold_groups` from the run's directory; empty: none.
         data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
         environment: device, PyTorch version and float32 arithmetic of the training.
         settings: the table of settings as it was read: it lacks settings that were added since; empty in a new record.
@@ -202,6 +202,7 @@ class RunRecord:
     tuned: tuple[InputStream, ...] = ()
     targets: tuple[TargetSpec, ...] = ()
     cache_relative: str = ""
+    groups_relative: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -231,6 +232,8 @@ class RunRecord:
             "data": {split: dict(counts) for split, counts in self.data.items()},
             "stream": [_as_table(stream) for stream in self.streams],
         }
+        if self.groups_relative:
+            document["groups_relative"] = _path_to_text(self.groups_relative)
         if self.targets:
             document["target"] = [{**asdict(target), "names": list(target.names)} for target in self.targets]
         if self.environment:
@@ -277,6 +280,7 @@ class RunRecord:
                 tuned,
                 targets,
                 _path_from_text(document.get("cache_relative", "")),
+                _path_from_text(document.get("groups_relative", "")),
                 document.get("environment", {}),
                 document["train"],
             )
@@ -312,8 +316,12 @@ def _path_from_text(text: str) -> str:
 def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, run: Path | None = None) -> RunRecord:
     """The record of a run before any clip is read; `run` is its directory."""
     cache_address = address(cache.place if isinstance(cache, Cache) else cache)
-    relative = "" if run is None or "://" in cache_address else os.path.relpath(cache_address, Path(run).resolve())
-    return RunRecord(config, inputs.streams, cache_address, targets=inputs.targets, cache_relative=relative)
+    record = RunRecord(config, inputs.streams, cache_address, targets=inputs.targets)
+    if run is None:
+        return record
+    groups, base = config.fold_groups.rpartition(":")[0], Path(run).resolve()
+    relative = "" if "://" in cache_address else os.path.relpath(cache_address, base)
+    return replace(record, cache_relative=relative, groups_relative=os.path.relpath(groups, base) if groups else "")
 
 
 def changed_settings(one: TrainConfig, other: TrainConfig, ignore: Iterable[str] = ("device",)) -> list[str]:
@@ -330,25 +338,6 @@ def _shown(name: str, value: Any) -> Any:
     """The word for a special value, such as "auto" of epochs; other values as they are."""
     words = settings_of(TrainConfig)[name].words
     return next((word for word, special in words.items() if special == value), value)
-
-
-def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[str]) -> None:
-    """Check that a run is resumed with the settings and streams that it was started with.
-
-    Raises:
-        UsageError: something differs; every difference is named.
-    """
-    changed = changed_settings(old.config, new.config, ignore)
-    prints = {stream.name: stream.fingerprint for stream in old.streams}
-    changed += [
-        f"stream {stream.name}: made with other settings"
-        for stream in new.streams
-        if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
-    ]
-    if changed:
-        keep = f"--config {shlex.quote(str(run / 'config.toml'))}"
-        remedy = f"Choose another --out, resume with its settings ({keep}), or train again with --fresh"
-        raise UsageError(explain(f"{run} holds a run with other settings", got="; ".join(changed), remedy=remedy))
 
 
 def cache_places(run: Path, record: RunRecord) -> list[str]:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,15 @@ from vaflow.files import lock_folder
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import Data, check_has_clips, load_data
 from vaflow.train.evaluate import outdated_clips
-from vaflow.train.folds import split_items
+from vaflow.train.folds import absolute_groups, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder
 from vaflow.train.run_record import (
     ClipDigest,
     RunRecord,
+    changed_settings,
     changes,
     check_splits_apart,
-    check_unchanged,
     clip_digests,
     new_record,
     shared_recordings,
@@ -141,6 +142,26 @@ def session_to_train(session: Session) -> Session | None:
     if folder.done and old.config.epochs == config.epochs and not waits_longer:
         return None
     return session
+
+
+def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[str]) -> None:
+    """Check that a run is resumed with the settings and streams that it was started with.
+
+    Raises:
+        UsageError: something differs; every difference is named.
+    """
+    started = replace(old.config, fold_groups=absolute_groups(old.config.fold_groups))  # older versions: as typed
+    changed = changed_settings(started, new.config, ignore)
+    prints = {stream.name: stream.fingerprint for stream in old.streams}
+    changed += [
+        f"stream {stream.name}: made with other settings"
+        for stream in new.streams
+        if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
+    ]
+    if changed:
+        keep = f"--config {shlex.quote(str(run / 'config.toml'))}"
+        remedy = f"Choose another --out, resume with its settings ({keep}), or train again with --fresh"
+        raise UsageError(explain(f"{run} holds a run with other settings", got="; ".join(changed), remedy=remedy))
 
 
 def _checked_clips(session: Session, old: RunRecord | None) -> dict[str, dict[str, ClipDigest]]:

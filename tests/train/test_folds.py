@@ -114,17 +114,24 @@ def test_a_run_validates_on_its_fold_and_trains_on_the_rest(cache: Cache, tmp_pa
     assert other["n_clips"] == len(parts[0].items)
 
 
-def test_a_run_on_folds_of_groups_is_bound_to_its_clips(cache: Cache, tmp_path: Path) -> None:
-    table = tmp_path / "groups.csv"
+def test_a_run_on_folds_of_groups_is_bound_to_its_clips(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "old" / "groups.csv"
+    table.parent.mkdir()
 
     def write_groups(speakers: int) -> None:
         videos = sorted({str(cache.meta(item).get("group") or item) for item in cache.items()})
         rows = [f"{video},{k % speakers}" for k, video in enumerate(videos)]
         table.write_text("\n".join(["item,speaker", *rows]) + "\n")
 
-    config, run = replace(CONFIG, folds=2, fold_groups=f"{table}:speaker"), tmp_path / "run"
+    config, run = replace(CONFIG, folds=2, fold_groups="groups.csv:speaker"), tmp_path / "old" / "run"
     write_groups(2)
+    monkeypatch.chdir(table.parent)
     train_run(cache, config, run, tensorboard=False, figures=False)
+    monkeypatch.chdir(tmp_path)  # another working directory
+    config = replace(config, fold_groups="old/groups.csv:speaker")
+    assert train_run(cache, config, run, tensorboard=False, figures=False).was_done
     clips = RunFolder(run).read_clips()
     assert clips is not None
     assert set(clips["fold1of2"]) == {path.stem for path in RunFolder(run).predictions("fold1of2").glob("*.csv")}
@@ -132,6 +139,8 @@ def test_a_run_on_folds_of_groups_is_bound_to_its_clips(cache: Cache, tmp_path: 
     write_groups(4)
     with pytest.raises(UsageError, match="does not hold the clips"):
         train_run(cache, replace(config, epochs=2), run, tensorboard=False, figures=False)
+    table.parent.rename(tmp_path / "new")
+    assert require_record(tmp_path / "new/run").config.fold_groups == f"{tmp_path / 'new' / 'groups.csv'}:speaker"
 
 
 def test_failed_clips_count_in_every_fold_of_their_split(cache: Cache) -> None:
