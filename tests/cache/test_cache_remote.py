@@ -26,6 +26,7 @@ from store_contract import (  # noqa: F401 - run here on an object store
 
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.copy import convert, merge
+from vaflow.cache.export import pack
 from vaflow.cache.maintenance import repair, verify
 from vaflow.cache.remote import VARIABLE, url_of
 from vaflow.cache.schema import StoreName
@@ -198,6 +199,26 @@ def test_each_item_is_downloaded_once_into_the_local_folder(tmp_path, store, dis
     again.read("visual", "c")
     first.read("visual", "c")
     assert calls == []  # neither arrays nor records: nothing has changed
+
+
+def test_another_cache_at_the_same_url_replaces_the_local_copy(tmp_path, disk, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(disk / "local"))
+    url, top = str(tmp_path), str(tmp_path).removeprefix("memory:")
+    for number, items in enumerate([("a/b", "c"), ("c", "d", "e")]):
+        pack(small_cache(disk / f"{number}", "zarr", items), disk / f"packed{number}")
+        if number:
+            memory().rm(top, recursive=True)
+        memory().put(str(disk / f"packed{number}"), top, recursive=True)
+        packed = open_cache(url)
+        assert_same(dict(packed.read("visual", "c").arrays), arrays(stream("visual"), seed=1 - number))
+        assert verify(packed) == []  # downloads every file
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a[1].cache", "s3://bucket/*", "memory://a?", "s3://bucket/a::b"])
+def test_urls_that_match_other_caches_are_rejected(url: str) -> None:
+    for function in (open_cache, create_cache):
+        with pytest.raises(UsageError, match="contains a wildcard"):
+            function(url)
 
 
 def test_a_damaged_local_copy_is_downloaded_again(tmp_path, store):

@@ -28,9 +28,11 @@ LISTS = (FAILURES, "costs*.jsonl")  # small files of extractions, beside the for
 VARIABLE = "VAFLOW_CACHE_DIR"  # directory of the local copies; without it they are deleted when the program ends
 SCHEMES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
 EXTRAS = {"s3fs": "s3"}  # of this package
+MANIFEST = "manifest.json"  # never changes while a cache exists
 PULLED = ".pulled.json"  # object -> its mark (see `_mark`) when it was downloaded
 BATCH = 256  # objects per request
 _URL = re.compile(r"([a-z0-9]+):/+(.+)", re.DOTALL)
+_PATTERN = re.compile(r"[*?[]|::")  # fsspec would read, and delete, the objects of other caches that match
 _ANY_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # `Path` merges the slashes
 
 
@@ -79,10 +81,13 @@ class Remote:
     """The objects below one URL, and their local copy.
 
     Raises:
-        UsageError: the library for this kind of store is not installed.
+        UsageError: the library for this kind of store is not installed, or fsspec would read the URL as a pattern.
     """
 
     def __init__(self, url: str) -> None:
+        if _PATTERN.search(url):
+            problem = "The URL of a cache contains a wildcard or `::`"
+            raise UsageError(explain(problem, expected="none of * ? [ and ::", got=url))
         self.url = url
         kept = os.environ.get(VARIABLE)
         self.local = (Path(kept).expanduser().absolute() if kept else temporary_folder()) / escape(url)
@@ -104,11 +109,15 @@ class Remote:
         except (OSError, ValueError):
             known = {}
         known = known if isinstance(known, dict) else {}
+        if known.get(MANIFEST, marks.get(MANIFEST)) != marks.get(MANIFEST):  # another cache at this URL
+            shutil.rmtree(self.local)
+            self.local.mkdir(parents=True)
+            known = {}
         stale = [name for name, mark in marks.items() if known.get(name) != mark or not (self.local / name).is_file()]
         for names in batched(stale):
             for name, data in self._get(names).items():
                 self._keep(name, data)
-        for pattern in ("manifest.json", *LISTS, "streams/*.json", "records/*/*.json"):
+        for pattern in (MANIFEST, *LISTS, "streams/*.json", "records/*/*.json"):
             for path in self.local.glob(pattern):
                 if self._below(path) not in marks:
                     path.unlink(missing_ok=True)
