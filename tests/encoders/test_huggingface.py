@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from fake_hub import serve
 from huggingface_hub import constants
 from PIL import Image
@@ -168,6 +169,64 @@ def test_integer_sizes_of_older_processors_are_accepted() -> None:
 
 
 # --- audio
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_size": {"shortest_edge": 224}},
+        {"crop_size": {"height": 224, "width": 200}},
+        {"crop_size": {"height": 100_000, "width": 100_000}},
+        {"crop_size": []},
+        {"size": {"shortest_edge": 10**12}},
+        {"size": {"shortest_edge": [256]}},
+        {"image_mean": [0.5]},
+        {"image_std": [0.5, 0.5, 0]},
+        {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0},
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": "x"}},
+    ],
+    ids=str,
+)
+def test_invalid_processor_settings_are_reported(change: dict[str, Any]) -> None:
+    settings = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}} | change
+    with pytest.raises(UsageError, match=r"has invalid settings|does not give squares"):
+        image_preprocessing("hf:model", settings, "BitImageProcessor")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dinov2", {"num_hidden_layers": 10**9}),
+        ("convnextv2", {"depths": [1, 1, 10**9, 1]}),
+        ("wav2vec2", {"num_adapter_layers": 10**9, "add_adapter": True}),
+        ("wav2vec2", {"conv_dim": [16] * 10**4}),
+    ],
+)
+def test_configurations_of_too_many_layers_are_rejected_at_once(
+    checkpoints: Mapping[str, Path], tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(checkpoints[name], tmp_path / name))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(WeightsError, match=r"larger model than the weights.*at most 1,000 layers"):
+        build(folder)
+
+
+@pytest.mark.parametrize("change", [{"vision_config": 3}, {"vision_config": {"num_attention_heads": -1}}], ids=str)
+def test_invalid_configurations_are_reported(checkpoints: Mapping[str, Path], tmp_path: Path, change: dict) -> None:
+    folder = Path(shutil.copytree(checkpoints["clip"], tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    if isinstance(change["vision_config"], dict):
+        change = {"vision_config": config["vision_config"] | change["vision_config"]}
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(WeightsError, match=r"does not load|does not encode images of 224 pixels"):
+        build(folder)
+
+
+def test_the_identity_does_not_depend_on_the_minor_version_of_transformers(checkpoints: Mapping[str, Path]) -> None:
+    identity = json.dumps(build(checkpoints["vit"]).identity)
+    assert transformers.__version__ not in identity
+    assert f"transformers {transformers.__version__.split('.')[0]}" in identity
 
 
 @pytest.mark.parametrize("name", AUDIO_MODELS)

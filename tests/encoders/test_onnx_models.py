@@ -152,6 +152,8 @@ def test_a_sidecar_contradicting_the_graph_is_rejected(face: tuple[Any, Path], c
         ("colour = 1", "colour is unknown"),
         ('interpolation = "fast"', "interpolation is 'fast', not one of"),
         ("edge = 2.5", "edge is 2.5"),
+        ("edge = -1", "pixels up to 4096"),
+        ("edge = 100000", "pixels up to 4096"),
         ('kind = "text"', "cannot be read"),
     ],
 )

@@ -10,6 +10,7 @@ one by one, as the processor does with each of its inputs.
 
 from collections.abc import Mapping
 from fractions import Fraction
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +33,8 @@ from vaflow.encoders.base import (
 from vaflow.encoders.huggingface_checkpoints import FAMILIES, LoadedModel, load
 from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.logmel import RATE
-from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
-from vaflow.errors import UsageError, WeightsError, explain
+from vaflow.encoders.preprocessing import KERNELS, LARGEST, Preparation, Preprocessing
+from vaflow.errors import UsageError, WeightsError, explain, is_out_of_memory
 
 
 def build(request: Request) -> VisualEncoder | AudioEncoder:
@@ -90,6 +91,7 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
 
     Raises:
         UsageError: the model has no such layer or pooling, or its images are not square.
+        WeightsError: the model does not run on images of the processor's size.
     """
     config, family, choice = loaded.module.config, loaded.family, loaded.choice
     stages = hasattr(config, "hidden_sizes") and hasattr(config, "depths")
@@ -109,7 +111,13 @@ def make_encoder(request: Request, loaded: LoadedModel) -> ImageEncoder:
         raise UsageError(explain(problem, expected=f"{expected} pixels", got=f"{size} pixels"))
     network = ImageNetwork(loaded.module, loaded.model_type, choice, numbers, pooling)
     identity = loaded.identity(pooling=pooling, preprocessing=preprocessing.identity())
-    return ImageEncoder(request, network, preprocessing, identity, loaded.stored(numbers))
+    try:
+        return ImageEncoder(request, network, preprocessing, identity, loaded.stored(numbers))
+    except (RuntimeError, ValueError) as error:  # settings that contradict each other
+        if is_out_of_memory(error):
+            raise
+        problem = f"The model of {request.name} does not encode images of {size} pixels"
+        raise WeightsError(explain(problem, got=str(error).splitlines()[0])) from error
 
 
 PROCESSORS = {family.processor for family in FAMILIES.values() if family.processor}
@@ -140,23 +148,32 @@ def image_preprocessing(name: str, settings: Mapping[str, Any], default: str) ->
     keys += ("image_mean", "image_std", "resample", "crop_pct")
     try:
         processor: Any = getattr(transformers, kind)(**{key: settings[key] for key in keys if key in settings})
-        size, crop = processor.size, getattr(processor, "crop_size", None)
+        size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+        crop_pct = getattr(processor, "crop_pct", None)
         resample = getattr(processor, "resample", None)
         kernel = Resampling(2 if resample is None else int(resample)).name.lower()
         mean, std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
         factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
-    except (TypeError, ValueError, AttributeError) as error:
+        edges = [edge for edge in (*size.values(), *crop.values()) if edge is not None]
+        if not all(type(edge) is int and 0 < edge <= LARGEST for edge in edges):
+            raise ValueError(f"sizes {size} and {crop}, not pixels from 1 to {LARGEST}")
+        if crop_pct is not None and not 0.1 <= crop_pct <= 1:
+            raise ValueError(f"crop_pct {crop_pct}, not a share from 0.1 to 1")
+        if len(mean) != 3 or len(std) != 3 or not all(map(isfinite, (*mean, *std))) or not all(std):
+            raise ValueError(f"mean {mean} and std {std}, not three numbers each, std not 0")
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UsageError(explain(f"The image processor of {name} has invalid settings", got=error)) from error
-    target = size.get("shortest_edge") or size.get("height")
+    target: Any = size.get("shortest_edge") or size.get("height")
     square = size.get("shortest_edge") is not None or size.get("height") == size.get("width")
-    cropped = bool(getattr(processor, "do_center_crop", False)) and crop is not None
+    square = square and crop.get("height") == crop.get("width")
+    cropped = bool(getattr(processor, "do_center_crop", False)) and bool(crop)
     mode, edge = ("shortest" if size.get("shortest_edge") else "squash"), target
-    final = crop.get("height") if cropped and crop is not None else target
-    if kind == "ConvNextImageProcessor":
-        mode, edge = ("shortest", int(target / processor.crop_pct)) if target < 384 else ("squash", target)
+    final: Any = crop.get("height") if cropped else target
+    if kind == "ConvNextImageProcessor" and target and crop_pct:
+        mode, edge = ("shortest", int(target / crop_pct)) if target < 384 else ("squash", target)
         cropped = True
-    if not processor.do_resize or not square or not target or (mode == "shortest" and not cropped):
-        raise UsageError(explain(f"The image processor of {name} does not give squares of one size", got=dict(size)))
+    if not processor.do_resize or not square or not target or not final or (mode == "shortest" and not cropped):
+        raise UsageError(explain(f"The image processor of {name} does not give squares of one size", got=size))
     if abs(factor - 1 / 255) > 1e-9 or kernel not in KERNELS:
         problem = f"The image processor of {name} is not supported"
         raise UsageError(explain(problem, expected="values divided by 255", got=f"factor {factor:g}, {kernel}"))

@@ -81,6 +81,8 @@ FAMILIES: Mapping[str, Family] = {
 # fmt: on
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}  # files of the image tower alone
 NAFLEX = ("siglip2", "siglip2_vision_model")  # models of one resolution have the type siglip
+LAYER_COUNTS = ("num_hidden_layers", "encoder_layers", "num_adapter_layers", "depths")  # an object is made for each
+MOST_LAYERS = 1000
 HEADS = ("classifier.", "decoder.", "pooler.", "lm_head.", "projector.", "quantizer.", "project_q.", "project_hid.")
 
 
@@ -131,6 +133,9 @@ def load(request: Request) -> LoadedModel:
     values = read_json(folder / CONFIG)
     model_type, family = _family(request, folder, values)
     values = values.get(family.part, values) if family.part else values
+    if not isinstance(values, dict):
+        got = type(values).__name__
+        raise WeightsError(_broken(folder, f"a valid {CONFIG}", f"{family.part} is not an object but {got}"))
     config = make_config(_class(family.config), values, folder)
     if model_type == "vit_mae":
         config.mask_ratio = 0.0
@@ -144,6 +149,7 @@ def load(request: Request) -> LoadedModel:
         **dict(family.options),
     )
     settings = {key: value for key, value in sorted(config.to_dict().items()) if key in values}
+    settings.pop("transformers_version", None)  # the installed one, of which `identity` has the part that counts
     processor = read_json(folder / PROCESSOR, optional=True)
     return LoadedModel(model_type, family, module, processor, choice, settings)
 
@@ -254,9 +260,17 @@ def make_config(config_class: Any, values: Mapping[str, Any], folder: Path) -> A
         raise UsageError(explain(problem, expected=f"{CONFIG} without quantization_config", remedy=remedy))
     general = {field.name for field in fields(PreTrainedConfig)}
     known = {field.name for field in fields(config_class) if field.init} - general
+    chosen = {key: value for key, value in values.items() if key in known}
+    counts: list[float] = [len(value) for value in chosen.values() if isinstance(value, list)]
+    for key in LAYER_COUNTS:
+        value = chosen.get(key, 0)
+        counts += [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
+    if max(counts) > MOST_LAYERS:
+        problem = f"{CONFIG} in {folder} describes a larger model than the weights beside it"
+        raise WeightsError(explain(problem, expected=f"at most {MOST_LAYERS:,} layers", got=f"{max(counts):,}"))
     try:
-        return config_class(**{key: value for key, value in values.items() if key in known})
-    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return config_class(**chosen)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise WeightsError(_broken(folder, f"a valid {CONFIG}", error)) from error
 
 
@@ -362,7 +376,7 @@ def _require_size(model_class: Any, config: Any, state: Mapping[str, torch.Tenso
         raise WeightsError(explain(problem, expected=f"about {stored:,} parameters", got=got, remedy=remedy))
 
 
-def _broken(folder: Path, expected: str, error: Exception) -> str:
+def _broken(folder: Path, expected: str, error: Exception | str) -> str:
     problem = f"The model in {folder} does not load"
     got = (str(error).strip() or type(error).__name__).splitlines()[0]
     return explain(problem, expected=expected, got=got, remedy="Download the model's folder again")

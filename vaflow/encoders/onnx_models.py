@@ -23,7 +23,7 @@ from vaflow.encoders.audio_models import ExampleEncoder
 from vaflow.encoders.base import WAVEFORM, FrontEnd, Request
 from vaflow.encoders.image_models import ImageEncoder
 from vaflow.encoders.logmel import HOP, RATE
-from vaflow.encoders.preprocessing import KERNELS, Preparation, Preprocessing
+from vaflow.encoders.preprocessing import KERNELS, LARGEST, Preparation, Preprocessing
 from vaflow.errors import UsageError, WeightsError, explain
 
 NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
@@ -338,6 +338,9 @@ def _identity(graph: Graph, sidecar: SidecarImage | SidecarAudio, **further: Any
 def _image_encoder(request: Request, graph: Graph, sidecar: SidecarImage) -> ImageEncoder:
     if len(sidecar.mean) != 3 or len(sidecar.std) != 3 or not all(sidecar.std) or sidecar.divide_by <= 0:
         raise UsageError(explain(f"The sidecar of {graph.path} requires three values of mean and std, std not 0"))
+    if not 0 < sidecar.size <= LARGEST or not 0 <= sidecar.edge <= LARGEST:
+        got, expected = f"size = {sidecar.size}, edge = {sidecar.edge}", f"pixels up to {LARGEST}, edge 0 for size"
+        raise UsageError(explain(f"The sidecar of {graph.path} is not supported", expected=expected, got=got))
     network = OnnxNetwork(graph, sidecar)
     factor = sidecar.divide_by / 255  # pixels are divided by 255 first
     mean, std = (tuple(value * factor for value in values) for values in (sidecar.mean, sidecar.std))

@@ -27,6 +27,7 @@ KERNELS = {
     "box": PillowImage.Resampling.BOX,
     "hamming": PillowImage.Resampling.HAMMING,
 }
+LARGEST = 4096  # pixels of an edge that the settings of a model may name
 
 
 @dataclass(frozen=True)
