@@ -25,6 +25,7 @@ from vaflow.train.config import TrainConfig
 from vaflow.train.evaluate import evaluate_run
 from vaflow.train.smoothing import Smoothing, write_smoothing
 from vaflow.train.train_run import train_run
+from vaflow.viewer import find_predictions
 
 SPLITS = {"a": "train", "b": "train", "sub/c": "val", "d": "val"}
 IDENTITY = {"encoder": "toy", "weights": "0123456789abcdef" * 2}
@@ -76,7 +77,7 @@ def write(cache: Cache, item: str, sources: dict, seed: int = 0) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, cache: Cache) -> Path:
-    config = TrainConfig(epochs=1, hidden=8, kl_weight=0.0, window=6.0, stride=3.0, frames=6, device="cpu")
+    config = TrainConfig(epochs=1, hidden=8, kl_weight=0.0, centers=0.7, window=6.0, stride=3.0, frames=6, device="cpu")
     train_run(cache, config, tmp_path / "run", tensorboard=False, figures=False)
     return tmp_path / "run"
 
@@ -224,6 +225,7 @@ def test_predictions_of_new_clips_are_traced_without_stored_features(run, tmp_pa
     assert entry["records"]["toy"]["state"] == "not checked"
     assert {one["part"]: one["state"] for one in entry["sources"]}["video"] == "same"
     assert find_provenance(out, "new") == find_provenance(run, "new", predictions=out)
+    assert find_predictions(out).centers == 0.7
     video.write_bytes(b"NEW")
     assert {one["part"]: one["state"] for one in only(find_provenance(run, "new", predictions=out))["sources"]}[
         "video"

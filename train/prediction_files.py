@@ -26,6 +26,7 @@ from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
 from vaflow.files import Failure, is_behind_link, write_file
 from vaflow.timeline import Floats
 from vaflow.train.inputs import LOGMEL_INTERVAL, face_quality, speech_activity
+from vaflow.train.losses import CENTERS, SIGMA
 from vaflow.train.metrics import DIMENSIONS
 from vaflow.train.run_folder import ENSEMBLE_FILE
 from vaflow.train.run_record import RunRecord
@@ -106,6 +107,7 @@ class PredictionSources:
         cache, store: where features were read.
         streams: name -> {"kind", "fingerprint", "identity"}.
         items: clip -> what its prediction was made from.
+        centers, sigma: of the run's region prompts; of an ensemble, those of its first run.
         earlier: the same, without items, of clips that another run or the same run with other weights, streams or
             cache predicted into this folder earlier.
     """
@@ -119,6 +121,8 @@ class PredictionSources:
     store: str
     streams: Mapping[str, Mapping[str, Any]]
     items: Mapping[str, ItemSources] = field(default_factory=dict)
+    centers: float = CENTERS
+    sigma: float = SIGMA
     earlier: Sequence["PredictionSources"] = ()
 
     def of(self, item: str) -> "PredictionSources":
@@ -266,6 +270,7 @@ def _write(
         records = {name: facts_of(cache.record(name, item)) for name in names if cache.has(name, item)}
         video = str(media[item].absolute()) if item in media else None
         items[item] = ItemSources(digests[file], records, video, made)
+    config = next(iter(maker.runs.values())).config
     sources = PredictionSources(
         made=made,
         vaflow=__version__,
@@ -279,6 +284,8 @@ def _write(
             for name in names
         },
         items=items,
+        centers=config.centers,
+        sigma=config.sigma,
     )
     if earlier is not None:
         sources = _with_earlier(path.parent, sources, earlier)

@@ -74,6 +74,14 @@ def test_nothing_is_wider_than_400_pixels(open_page: OpenPage, pages: dict[str, 
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+def test_long_names_are_divided(open_page: OpenPage, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", clips=["n" * 150, "b"])
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    for file in (tmp_path / "report.html", write_viewer(tmp_path / "run", tmp_path / "view").page):
+        page = open_page(file, "#clip=" + "n" * 150, viewport={"width": 400, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
 @pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])
 def test_dark_mode_is_dark(open_page: OpenPage, pages: dict[str, Path], name: str) -> None:
     page = open_page(pages[name], color_scheme="dark")

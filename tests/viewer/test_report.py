@@ -271,6 +271,20 @@ def test_a_cache_that_was_moved_with_its_run_is_compared(tmp_path: Path) -> None
     assert read_run(tmp_path / "new/run").outdated == ("a",)
 
 
+def test_predictions_outside_of_a_run_have_its_region_centers(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    folder = tmp_path / "run/predictions/val"
+    sources = json.loads((folder / "sources.json").read_text())
+    for stated, expected in (
+        ({}, (0.66, 0.45)),
+        ({"centers": 1, "sigma": 0.6}, (1, 0.6)),
+        ({"centers": "x"}, (0.66, 0.45)),
+    ):
+        (folder / "sources.json").write_text(json.dumps(sources | stated))
+        found = find_predictions(folder)
+        assert (found.centers, found.sigma) == expected
+
+
 def test_predictions_of_an_earlier_run_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_run(tmp_path / "run", clips=["a", "b", "c"])
     folder = tmp_path / "run/predictions/val"

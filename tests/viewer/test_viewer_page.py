@@ -173,6 +173,8 @@ def test_the_list_filters_and_sorts(open_page: OpenPage, page_file: Path) -> Non
     assert page.get_attribute("#clips th[data-key=seconds]", "aria-sort") == "descending"
     page.click("#clips th[data-key=seconds] button")
     assert clips() == ["constant", "variable"]
+    times = [page.evaluate(f"vaflow.seconds({seconds})") for seconds in (0, 59.994, 59.997, 3599.9963)]
+    assert times == ["0:00.00", "0:59.99", "1:00.00", "60:00.00"]
     page.fill("#clips input", "vari")
     assert clips() == ["variable"]
     page.click("#clips tbody button")

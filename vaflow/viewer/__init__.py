@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache as remembered
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
     if unknown:
         choices = [clip.item for clip in predicted_clips][:50]
         raise UsageError(explain(f"{path} has no such clip", got=min(unknown), choices=choices))
-    train = _mapping(run.get("train"))
+    prompts = _mapping(run.get("train")) or documents[0]
     streams = [name for d in documents for name in _mapping(d.get("streams")) if name != "labels"]
     streams += [str(table.get("name")) for table in run.get("stream", ())]
     recorded = next((str(d["cache"]) for d in [*documents, run] if d.get("cache")), "")
@@ -183,8 +184,8 @@ def find_predictions(path: Path, clips: Sequence[str] = ()) -> PredictionSet:
         tuple(clip for clip in predicted_clips if not clips or clip.item in clips),
         cache_place(path, run, recorded) if recorded else None,
         tuple(dict.fromkeys(streams)),
-        float(train.get("centers", 0.66)),
-        float(train.get("sigma", 0.45)),
+        _positive(prompts.get("centers"), 0.66),
+        _positive(prompts.get("sigma"), 0.45),
     )
 
 
@@ -396,6 +397,11 @@ def _document(path: Path) -> Mapping[str, Any]:
         return _mapping(loads(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
+
+
+def _positive(value: Any, otherwise: float) -> float:
+    """A number of a file that other programs may have written."""
+    return float(value) if isinstance(value, int | float) and 0 < value < inf else otherwise
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -25,8 +25,9 @@ const vaflow = {
   },
 
   seconds(value) {
-    const minutes = Math.floor(value / 60);
-    return `${minutes}:${(value - 60 * minutes).toFixed(2).padStart(5, "0")}`;
+    const hundredths = Math.round(100 * value); // rounded first: 59.999 is 1:00.00
+    const minutes = Math.floor(hundredths / 6000);
+    return `${minutes}:${(hundredths / 100 - 60 * minutes).toFixed(2).padStart(5, "0")}`;
   },
 
   color(name) {
