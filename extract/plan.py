@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache, is_cache, open_cache
 from vaflow.cache.costs import Cost, append_costs
 from vaflow.cache.layout import source_stamp
-from vaflow.cache.maintenance import clip_streams
+from vaflow.cache.maintenance import clip_streams, other_versions
 from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.datasets import Dataset
@@ -408,6 +408,10 @@ def carry_out(
     changed = [task for task in plan.tasks if task.changed]
     summary.outdated = sum(not failed.isdisjoint((task.clip.id, task.first_item)) for task in changed)
     summary.changed = len(changed) - summary.outdated
+    made = ("visual", "audio", "pixels")
+    others = [name for name, info in cache.streams().items() if name not in infos and info.kind in made]
+    for name, behind in other_versions(cache, others, [task.first_item for task in changed]).items():
+        logger.warning("%s was made from earlier videos of %s. Extract it again as well", name, examples(behind))
     summary.wall_seconds = time.perf_counter() - began
     return summary
 

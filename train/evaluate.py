@@ -1,7 +1,7 @@
 """Evaluation of a finished run on a split of a cache, and the choice of its smoothing."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaflow.cache import Cache, address, is_cache, open_cache
+from vaflow.cache.maintenance import other_versions
 from vaflow.device import choose_device
 from vaflow.encoders import warn_of_demonstration
 from vaflow.errors import CacheError, UsageError, count, examples, explain
@@ -130,20 +131,29 @@ def data_warnings(
         each[run] += _shared_recordings(run, record, cache, split, items)
     common = [text for text in next(iter(each.values())) if all(text in texts for texts in each.values())]
     own = [f"{run}: {text}" for run, texts in each.items() for text in texts if text not in common]
-    return outdated_clips(cache, split, items) + common + own
+    streams = sorted({stream.name for record in runs.values() for stream in record.streams})
+    return outdated_clips(cache, streams, split, items) + common + own
 
 
-def outdated_clips(cache: Cache, split: str, items: Iterable[str]) -> list[str]:
-    """Warnings about clips that failed when they were extracted last, so that the cache holds earlier data of them."""
+def outdated_clips(cache: Cache, streams: Iterable[str], split: str, items: Collection[str]) -> list[str]:
+    """Warnings about clips of which a cache holds earlier data.
+
+    They failed when they were extracted last, or were extracted again with their new labels, but not for all `streams`.
+    """
+    warnings = [
+        f"{split}: {name} holds features of another video than the labels for {count(len(behind), 'clip')} "
+        f"({examples(behind)}); extract {name} again"
+        for name, behind in other_versions(cache, streams, items).items()
+    ]
     listed: dict[str, float] = {}
     for failure in read_failures(cache.path):
         if failure.stage != "features":  # of an import
             listed[failure.item] = max(failure.listed, listed.get(failure.item, 0.0))
     failed = [item for item in sorted(listed.keys() & set(items)) if _last_commit(cache, item) <= listed[item]]
     if not failed:
-        return []
+        return warnings
     clips = f"{count(len(failed), 'clip')} ({examples(failed)})"
-    return [f"{split}: the last extraction failed for {clips}; earlier data are used"]
+    return [f"{split}: the last extraction failed for {clips}; earlier data are used", *warnings]
 
 
 def _last_commit(cache: Cache, item: str) -> float:

@@ -186,6 +186,6 @@ def _checked_clips(session: Session, old: RunRecord | None) -> dict[str, dict[st
         if not config.shared_sources and config.train_split != config.val_split:
             check_splits_apart(splits[config.train_split], splits[config.val_split])
         for split, clips in splits.items():
-            for warning in (*shared_recordings(split, clips), *outdated_clips(cache, split, clips)):
+            for warning in (*shared_recordings(split, clips), *outdated_clips(cache, known, split, clips)):
                 log.warning("%s", warning)
     return splits

@@ -106,7 +106,9 @@ def test_rehash_detects_replaced_crops_of_equal_size(tiny_pair: tuple, tmp_path:
     assert run(with_crops, out, tiny_pair, rehash=True).done == 1
 
 
-def test_rehash_detects_faces_in_replaced_frames_of_equal_size(tiny_pair: tuple, tmp_path: Path) -> None:
+def test_rehash_detects_faces_in_replaced_frames_of_equal_size(
+    tiny_pair: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The streams of faces and of their crops state no digest of the images."""
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
@@ -126,3 +128,7 @@ def test_rehash_detects_faces_in_replaced_frames_of_equal_size(tiny_pair: tuple,
     after = open_cache(out)
     replaced = {name for name, attempt in attempts.items() if after.record(name, "a").attempt != attempt}
     assert replaced == {"faces", "crops", "clip-tiny"}
+
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "00002.png")
+    assert run(dataset, out, (None, None)).changed == 1
+    assert "clip-tiny was made from earlier videos of a. Extract it again as well" in caplog.text

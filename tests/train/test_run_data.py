@@ -192,6 +192,20 @@ def test_clips_with_earlier_data_than_their_files_are_named(cache: Cache, run: P
     assert not any("extraction" in warning for warning in evaluate_run(run, cache)["warnings"])
 
 
+def test_clips_with_features_of_another_video_than_their_labels_are_named(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an extraction of one encoder, where another one still has the earlier video."""
+    videos = {"labels": {"name": "a.mp4", "blake2b": "1"}, VISUAL: {"name": "b.mp4", "blake2b": "1"}}
+    for stream, video in videos.items():
+        rewrite(cache, stream, "val0", source={"video": video})
+    rewrite(cache, AUDIO, "val0", source={"video": {"name": "a.mp4", "blake2b": "2"}})
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    warning = f"val: {AUDIO} holds features of another video than the labels for 1 clip (val0); extract {AUDIO} again"
+    assert caplog.text.count("holds features of another video") == 1 and warning in caplog.text
+    assert warning in evaluate_run(tmp_path / "run", cache)["warnings"]
+
+
 @pytest.mark.parametrize("name", [".", "../run"])
 def test_a_run_is_named_relative_to_the_working_directory(
     cache: Cache, run: Path, monkeypatch: pytest.MonkeyPatch, name: str

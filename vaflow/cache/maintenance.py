@@ -2,11 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -307,6 +308,28 @@ def drop_clips(cache: Cache, items: Collection[str], *, dry_run: bool = False) -
             folder.rmdir()
     cache.refresh_index()
     return dropped
+
+
+def other_versions(cache: Cache, streams: Iterable[str], items: Iterable[str]) -> dict[str, list[str]]:
+    """Stream -> items that it has of another version of the video, or folder of frames, than the labels have.
+
+    Streams without such items are left out, and items whose records state neither.
+    """
+    names, behind = list(streams), dict[str, list[str]]()
+    for item in items:
+        video = _video(cache.record(LABELS, item)) if cache.has(LABELS, item) else None
+        for name in names if video is not None else ():
+            if cache.has(name, item) and _video(cache.record(name, item)) not in (None, video):
+                behind.setdefault(name, []).append(item)
+    return behind
+
+
+def _video(record: Record) -> dict[str, Any] | None:
+    """The identity of the video or frames that a record was made from, without its place; None if it states none."""
+    identity = record.source.get("video", record.source.get("frames"))
+    if not isinstance(identity, dict):
+        return None
+    return {name: value for name, value in identity.items() if name not in ("name", "mtime_ns")}
 
 
 def change_splits(
