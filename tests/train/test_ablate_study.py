@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from vaflow.train.ablate import StudyResult, run_study
 from vaflow.train.ablate.pool import Outcome, run_all
 from vaflow.train.ablate.tables import Options, add_command, make_schedule
 from vaflow.train.config import BEFORE_SETTING, TrainConfig
+from vaflow.train.evaluate import evaluate_run
 from vaflow.train.folds import split_items
 from vaflow.train.losses import ccc
 from vaflow.train.run_folder import RunFolder, load_run, require_record
+from vaflow.train.smoothing import Smoothing, write_smoothing
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,20 @@ def test_seeds_increase_and_runs_store_their_settings(done: tuple[StudyResult, P
         configs = [require_record(out / "runs" / key).config for key in row["runs"].split()]
         assert [config.seed for config in configs] == [0, 1]
         assert {config.fusion for config in configs} == {row["fusion"]}
+
+
+def test_runs_that_were_smoothed_are_not_compared(cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(done[1], tmp_path / "out")
+    run = next((out / "runs").iterdir())
+    write_smoothing(run, Smoothing("mean", 2.0))
+    evaluate_run(run, cache)
+    message = rf"1 run of this study .*{run.name}.*vaflow smooth .* --kind none && vaflow evaluate"
+    with pytest.raises(UsageError, match=message):
+        run_study(cache, toy_study(tmp_path), [], out, Options(seeds=2))
+    write_smoothing(run, None)
+    evaluate_run(run, cache)
+    run_study(cache, toy_study(tmp_path), [], out, Options(seeds=2))
+    assert numbers(out) == numbers(done[1])
 
 
 def test_finished_runs_are_reused(cache: Cache, done: tuple[StudyResult, Path], tmp_path: Path) -> None:

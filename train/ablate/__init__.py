@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vaflow.cache import Cache
+from vaflow.errors import UsageError, command, count, examples, explain
 from vaflow.files import FAILURES, Failure, lock_folder, write_failures, write_file
 from vaflow.train.ablate.pool import RUNS, Outcome, run_all
 from vaflow.train.ablate.report import About, csv_text, html_page, markdown
@@ -65,7 +66,8 @@ def run_study(
             on_choice.
 
     Raises:
-        UsageError: tables, aliases or settings are invalid, or another process uses the folder.
+        UsageError: tables, aliases or settings are invalid, another process uses the folder, or a finished run was
+            smoothed since.
         CorruptError: a finished run is damaged.
     """
     begun = time.perf_counter()
@@ -74,6 +76,7 @@ def run_study(
     with lock_folder(out, "vaflow ablate"):
         folders = {run.key: out / RUNS / run.key for run in schedule.runs}
         finished = {key for key, run in folders.items() if RunFolder(run).done and moments_file(run).is_file()}
+        _check_not_smoothed([folders[key] for key in sorted(finished)])
         todo = [run for run in schedule.runs if run.key not in finished]
         if on_schedule is not None:
             on_schedule(schedule, len(todo))
@@ -94,6 +97,16 @@ def run_study(
             seconds=time.perf_counter() - begun,
         )
         return _write(cache, out, study, schedule, results, about, failed)
+
+
+def _check_not_smoothed(runs: Sequence[Path]) -> None:
+    """Raise UsageError if the scores of finished runs are of smoothed predictions: intervals and tests are not."""
+    scores = {str(run): RunFolder(run).read_metrics() for run in runs}
+    smoothed = [run for run, metrics in scores.items() if metrics.get("smoothing", {}).get("seconds")]
+    if smoothed:
+        problem = f"{count(len(smoothed), 'run')} of this study were smoothed and scored again: {examples(smoothed)}"
+        remedy = f"For each: {command('smooth', smoothed[0], '--kind', 'none')} && {command('evaluate', smoothed[0])}"
+        raise UsageError(explain(problem, expected="scores without smoothing", remedy=remedy))
 
 
 def _write(
