@@ -12,13 +12,13 @@ from vaflow.cache import Cache, address, is_cache, open_cache
 from vaflow.cache.maintenance import other_versions
 from vaflow.device import choose_device
 from vaflow.encoders import warn_of_demonstration
-from vaflow.errors import CacheError, UsageError, count, examples, explain
+from vaflow.errors import CacheError, UsageError, VaflowError, count, examples, explain
 from vaflow.files import read_failures
 from vaflow.train.config import NONE, TrainConfig
 from vaflow.train.data import load_split
 from vaflow.train.folds import Groups, split_items
 from vaflow.train.inputs import InputStream, check_same, check_same_targets
-from vaflow.train.prediction_files import Maker, write_evaluation
+from vaflow.train.prediction_files import Maker, weights_digests, write_evaluation
 from vaflow.train.run_folder import RunFolder, load_run, require_record, width_of
 from vaflow.train.run_record import (
     ClipDigest,
@@ -69,8 +69,10 @@ def evaluate_run(
             read the modality `without` or no other one, or the groups name none of the clips.
         FingerprintError: the cache's streams were made with other settings than the run's.
         DataError: features are unusable or missing; the clips are named.
+        VaflowError: another process trained or smoothed the run meanwhile; nothing is written.
     """
     target = choose_device(device)
+    weights = weights_digests(Path(run)) if write else {}
     trained = load_run(run, target)
     if smoothing != "stored":
         trained = trained.with_smoothing(smoothing)
@@ -99,15 +101,24 @@ def evaluate_run(
     report |= {"without": without} if without else {}
     report |= {"smoothing": trained.smoothing.summary} if trained.smoothing else {}
     if write:
-        folder = RunFolder(Path(run))
         name = f"{split}-without-{without}" if without else split
         if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        maker = Maker(folder.path, {folder.path: trained.record})
-        write_evaluation(folder.output_folder(name), maker, cache, traces)
-        if name == split == config.val_split and address(cache.place) in cache_places(folder.path, trained.record):
-            folder.update_metrics(report)
+        if weights_digests(Path(run)) != weights:
+            problem = f"{run} was trained or smoothed while it was evaluated"
+            raise VaflowError(explain(problem, remedy="Evaluate it again"))
+        _write(Path(run), trained.record, cache, name, traces, report if name == split == config.val_split else None)
     return report
+
+
+def _write(
+    run: Path, record: RunRecord, cache: Cache, name: str, traces: Sequence[Trace], metrics: dict[str, Any] | None
+) -> None:
+    """Write the predictions of an evaluation, and `metrics.json` if `metrics` are those of the run on its cache."""
+    folder = RunFolder(run)
+    write_evaluation(folder.output_folder(name), Maker(run, {run: record}), cache, traces)
+    if metrics is not None and address(cache.place) in cache_places(run, record):
+        folder.update_metrics(metrics)
 
 
 def data_warnings(

@@ -163,11 +163,11 @@ class Maker:
         Files are named below the run's folder; those of an ensemble's runs with it, beside `ensemble.json`.
         """
         if not self._many:
-            return _weights_digests(self.path)
+            return weights_digests(self.path)
         digests = {n: digest(self.path / n) for n in (ENSEMBLE_FILE, CALIBRATION) if (self.path / n).is_file()}
         for run in self.runs:
             place = self.names.get(run, run)
-            digests |= {f"{place}/{name}": value for name, value in _weights_digests(run).items()}
+            digests |= {f"{place}/{name}": value for name, value in weights_digests(run).items()}
         return digests
 
     def streams(self) -> list[str]:
@@ -181,7 +181,8 @@ class Maker:
         return list(self.runs) != [self.path]
 
 
-def _weights_digests(run: Path) -> dict[str, str]:
+def weights_digests(run: Path) -> dict[str, str]:
+    """File -> digest, of the files of a run that its predictions depend on, but its settings."""
     patterns = ("model*.safetensors", "encoders/**/*", "smoothing.json", CALIBRATION, TRAINING_FEATURES)
     files = sorted(path for pattern in patterns for path in run.glob(pattern))
     return {path.relative_to(run).as_posix(): digest(path) for path in files if path.is_file()}

@@ -1,6 +1,7 @@
 """Run directories: files, resumption, rejected combinations."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch
 from synthetic_cache import AUDIO, VISUAL, Toy, make_cache
 
 from vaflow.cache import Cache
-from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError
+from vaflow.errors import CorruptError, DataError, FingerprintError, UsageError, VaflowError
 from vaflow.files import read_tensors, write_tensors
-from vaflow.train import session
+from vaflow.train import evaluate, session
 from vaflow.train.batch import Batch
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import load_data
@@ -163,6 +164,21 @@ def test_a_longer_training_that_is_refused_keeps_the_scores(tmp_path: Path) -> N
     with pytest.raises(DataError, match="1 clip could not be extracted"):
         quiet_run(cache, replace(config, epochs=2), tmp_path / "run")
     assert quiet_run(cache, config, tmp_path / "run") == Result(metrics, was_done=True)
+
+
+def test_an_evaluation_of_earlier_weights_does_not_replace_later_scores(
+    cache: Cache, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(run, tmp_path / "run")
+    before = (out / "metrics.json").read_bytes()
+
+    def finish_training(*_: object) -> None:
+        write_tensors(out / "model.safetensors", {name: 2 * tensor for name, tensor in weights(out).items()})
+
+    monkeypatch.setattr(evaluate, "check_same_targets", finish_training)  # another process, meanwhile
+    with pytest.raises(VaflowError, match="was trained or smoothed while it was evaluated"):
+        evaluate_run(out, cache)
+    assert (out / "metrics.json").read_bytes() == before
 
 
 def test_more_patience_continues_a_run(tmp_path: Path) -> None:
