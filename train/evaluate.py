@@ -104,17 +104,28 @@ def evaluate_run(
         name = f"{split}-without-{without}" if without else split
         if smoothing != "stored":
             name += f"-smooth-{trained.smoothing.kind if trained.smoothing else 'none'}"
-        if weights_digests(Path(run)) != weights:
-            problem = f"{run} was trained or smoothed while it was evaluated"
-            raise VaflowError(explain(problem, remedy="Evaluate it again"))
-        _write(Path(run), trained.record, cache, name, traces, report if name == split == config.val_split else None)
+        metrics = report if name == split == config.val_split else None
+        _write(Path(run), trained.record, weights, cache, name, traces, metrics)
     return report
 
 
 def _write(
-    run: Path, record: RunRecord, cache: Cache, name: str, traces: Sequence[Trace], metrics: dict[str, Any] | None
+    run: Path,
+    record: RunRecord,
+    weights: Mapping[str, str],
+    cache: Cache,
+    name: str,
+    traces: Sequence[Trace],
+    metrics: dict[str, Any] | None,
 ) -> None:
-    """Write the predictions of an evaluation, and `metrics.json` if `metrics` are those of the run on its cache."""
+    """Write the predictions of an evaluation, and `metrics.json` if `metrics` are those of the run on its cache.
+
+    Raises:
+        VaflowError: the weights are no longer those that the evaluation began with.
+    """
+    if weights_digests(run) != weights:
+        problem = f"{run} was trained or smoothed while it was evaluated"
+        raise VaflowError(explain(problem, remedy="Evaluate it again"))
     folder = RunFolder(run)
     write_evaluation(folder.output_folder(name), Maker(run, {run: record}), cache, traces)
     if metrics is not None and address(cache.place) in cache_places(run, record):
