@@ -90,6 +90,10 @@ def open_session(stack: ExitStack, cache: Cache, config: TrainConfig, out: Path,
     Raises:
         UsageError: settings; a directory of another run, or one that another process writes.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not config.finetune:
+        problem = f"{processes} processes (torchrun) are only for --finetune: each would train the same heads"
+        raise UsageError(explain(problem, remedy="Run `vaflow train` without torchrun"))
     folder = RunFolder(Path(out))
     folder.make()
     if os.environ.get("RANK", "0") == "0":  # of several processes of one run, this one holds the lock

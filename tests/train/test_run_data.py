@@ -113,14 +113,6 @@ def test_a_run_of_an_older_version_has_no_digests(cache: Cache, run: Path, caplo
     assert "older version" in caplog.text
 
 
-@pytest.mark.parametrize("changed", [{"visual": ("absent",)}, {"val_split": "absent"}, {"hidden": 9}])
-def test_fresh_with_settings_that_do_not_fit_deletes_nothing(cache: Cache, run: Path, changed: dict[str, Any]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"absent|must be even"):
-        quiet_run(cache, replace(CONFIG, **changed), run, fresh=True)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
-
-
 def test_fresh_deletes_only_the_run(cache: Cache, tmp_path: Path) -> None:
     out = tmp_path / "run"
     quiet_run(cache, CONFIG, out)

@@ -155,6 +155,21 @@ def test_an_interrupted_run_rejects_other_clips(tmp_path: Path, monkeypatch) -> 
         quiet_run(cache, CONFIG, tmp_path / "run")
 
 
+@pytest.mark.parametrize("changed", [{"visual": ("absent",)}, {"val_split": "absent"}, {"hidden": 9}])
+def test_fresh_with_settings_that_do_not_fit_deletes_nothing(cache: Cache, run: Path, changed: dict) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"absent|must be even"):
+        quiet_run(cache, replace(CONFIG, **changed), run, fresh=True)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_several_processes_train_no_heads(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"2 processes .* only for --finetune"):
+        quiet_run(cache, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_longer_training_that_is_refused_keeps_the_scores(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}, seconds=(5, 6)))
     config = replace(CONFIG, epochs=1)
