@@ -15,7 +15,7 @@ from vaflow.cache import Cache
 from vaflow.cache.commit import differences
 from vaflow.cache.schema import CROPS, FACES, LABELS, LOGMEL, PIXELS, Rows, StreamInfo
 from vaflow.encoders import ENCODERS, build_encoder, encoder_kind, is_encoder
-from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder
+from vaflow.encoders.base import KALDI, AudioEncoder, VisualEncoder, recorded_identity
 from vaflow.encoders.logmel import MEL_BINS, logmel_identity
 from vaflow.encoders.prompts import PromptSet, load_prompts, prototypes
 from vaflow.errors import FingerprintError, UsageError, command, explain
@@ -142,14 +142,14 @@ def reading_version(info: StreamInfo) -> int:
 
 
 def as_declared(info: StreamInfo, known: StreamInfo | None) -> StreamInfo:
-    """`info`, or the stream of that name in the cache if the two differ in an older reading version only.
+    """`info`, with the identity of the stream in the cache if that differs only in what an older version recorded.
 
     A cache of an older version can then be added to: the plan makes those of its items anew that were read wrongly.
     """
-    if known is None or reading_version(known) >= READING:
+    if known is None:
         return info
-    older = replace(info, identity=_with_reading(info.identity, reading_version(known)))
-    return known if older.identity == known.identity else info
+    identity = _with_reading(info.identity, min(reading_version(known), READING))
+    return replace(info, identity=known.identity) if recorded_identity(known.identity) == identity else info
 
 
 def _with_reading(identity: Any, version: int) -> Any:
@@ -309,7 +309,8 @@ def _build(
     encoder = build_encoder(name, weights=weights, device=device)
     for info in infos:
         # The identity of a visual stream also has members beyond its encoder's: sampling, faces, precision.
-        recorded = {key: value for key, value in info.identity.items() if key in encoder.identity}
+        members = recorded_identity(info.identity).items()
+        recorded = {key: value for key, value in members if key in encoder.identity}
         fields = "; ".join(differences(recorded, encoder.identity))
         if fields:
             problem = f"Stream {info.name!r} of {cache.place} is of another encoder: {fields}"

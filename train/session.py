@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vaflow.cache import Cache
 from vaflow.device import forbid_tf32, keep_memory
 from vaflow.encoders import build_encoder, context_tower, demonstration_notice
+from vaflow.encoders.base import recorded_identity
 from vaflow.encoders.clip import ContextTower
 from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.files import write_file, write_tensors
@@ -61,7 +62,7 @@ def open_tower(config: TrainConfig, inputs: Inputs, device: torch.device) -> Con
     name = inputs.text.removesuffix(TEXT_SUFFIX)
     weights = Path(config.text_weights) if config.text_weights else None
     encoder = build_encoder(name, weights=weights, device=str(device))
-    if encoder.identity != dict(inputs.text_identity):
+    if encoder.identity != recorded_identity(inputs.text_identity):
         problem = f"{name} is not the encoder that made the cache's prompt embeddings"
         expected = f"weights {inputs.text_identity.get('weights')}"
         got = f"weights {encoder.identity.get('weights')}"

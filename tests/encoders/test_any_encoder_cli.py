@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from vaflow.cache import open_cache
 from vaflow.cache.costs import stream_costs
 from vaflow.cache.maintenance import verify
 from vaflow.cli import main
+from vaflow.encoders.huggingface_checkpoints import LoadedModel
 
 GRID = ["--window", "2", "--stride", "1", "--frames", "4", "--audio-steps", "4", "--device", "cpu"]
 
@@ -68,6 +70,28 @@ def test_every_family_works_with_every_command(
     media = [str(clips / "single_face.mp4"), "--out", str(out), "--device", "cpu", "--faces", "none"]
     assert main(["predict", str(run), *media]) == 0
     assert (out / "single_face.csv").read_text().count("\n") > 20
+
+
+@pytest.mark.slow
+def test_features_of_an_older_version_of_transformers_are_used(
+    data: Path, checkpoints: Mapping[str, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run, identity = tmp_path / "cache", tmp_path / "run", LoadedModel.identity
+    vit = ["--visual", f"hf:{checkpoints['vit']}", "--audio", "logmel"]
+    command = ["extract", str(data), "--out", str(cache), *vit, *GRID, "--faces", "none"]
+
+    def older(model: LoadedModel, **further: Any) -> dict[str, Any]:
+        made = identity(model, **further)
+        return made | {"settings": made["settings"] | {"transformers_version": "5.0.0"}}
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(LoadedModel, "identity", older)
+        assert main(command) == 0
+    trained = ["--epochs", "1", "--device", "cpu", "--set", "kl_weight=0", "--set", "hidden=16"]
+    assert main(["train", str(cache), "--out", str(run), *trained]) == 0
+    assert main(command) == 0
+    media = [str(clips / "single_face.mp4"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["predict", str(run), *media]) == 0
 
 
 def test_one_option_selects_layers_of_all_transformers(data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from vaflow.cache.schema import StreamInfo
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import WAVEFORM
 from vaflow.encoders.huggingface import image_preprocessing, whisper_features
 from vaflow.encoders.preprocessing import Preparation
 from vaflow.errors import UsageError, VaflowError, WeightsError
+from vaflow.extract.streams import as_declared
 
 
 def build(folder: Path, suffix: str = "", kind: str = "") -> Any:
@@ -397,3 +400,11 @@ def test_repository_code_is_not_run(checkpoints: Mapping[str, Path], tmp_path: P
         with pytest.raises(VaflowError):
             build(copy)
     assert not (tmp_path / "ran").exists()
+
+
+def test_streams_of_an_older_version_of_transformers_are_added_to() -> None:
+    made = StreamInfo("hf:x", "visual", 4, "float16", {"encoder": "hf", "settings": {"hidden_size": 4}})
+    older = replace(made, identity={"encoder": "hf", "settings": {"hidden_size": 4, "transformers_version": "5.0.0"}})
+    assert as_declared(made, older) == older
+    other = replace(older, identity={"encoder": "hf", "settings": {"hidden_size": 8, "transformers_version": "5.0.0"}})
+    assert as_declared(made, other) == made

@@ -25,7 +25,7 @@ from vaflow.cache import Cache
 from vaflow.cache.layout import fingerprint
 from vaflow.cache.schema import LOGMEL, PIXELS, escape
 from vaflow.encoders import build_encoder
-from vaflow.encoders.base import cut
+from vaflow.encoders.base import cut, recorded_identity
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.encoders.preprocessing import Preparation, decode_image
 from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
@@ -114,8 +114,8 @@ def build_backbones(
     backbones = []
     for stream in streams:
         encoder = build_encoder(stream.name, weights=weights.get(stream.name), device=str(device))
-        identity = encoder.identity
-        differing = [key for key, value in identity.items() if stream.identity.get(key) != value]
+        identity, recorded = encoder.identity, recorded_identity(stream.identity)
+        differing = [key for key, value in identity.items() if recorded.get(key) != value]
         if differing:
             problem = f"{stream.name} is not the encoder that made the cache's stream"
             expected = "; ".join(f"{key} {stream.identity.get(key)}" for key in differing)

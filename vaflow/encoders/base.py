@@ -315,6 +315,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
+def recorded_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder's identity as this version writes it; older ones also recorded the transformers version of `hf:`."""
+    settings = identity.get("settings")
+    if not isinstance(settings, Mapping):
+        return dict(identity)
+    return {**identity, "settings": {key: settings[key] for key in settings if key != "transformers_version"}}
+
+
 def count_parameters(encoder: Any) -> int | None:
     """Return the number of parameters of an encoder's network; None where its library does not tell.
 
