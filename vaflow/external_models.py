@@ -17,7 +17,17 @@ from vaflow.cache.schema import StreamInfo
 from vaflow.encoders import build_encoder
 from vaflow.errors import FingerprintError, UsageError, explain
 from vaflow.extract.config import ExtractConfig
-from vaflow.predict import ClipFeatures, PredictConfig, Predicted, PredictSummary, clips_of, write_clip
+from vaflow.files import lock_folder
+from vaflow.predict import (
+    COMMAND,
+    ClipFeatures,
+    PredictConfig,
+    Predicted,
+    PredictSummary,
+    check_output,
+    clips_of,
+    write_clip,
+)
 from vaflow.train.batch import AUDIO, VISUAL
 from vaflow.train.config import TrainConfig
 from vaflow.train.data import load_windows
@@ -178,16 +188,28 @@ def predict_model(
             device=config.device,
             person=config.person or ExtractConfig.person,
         )
-    features = ClipFeatures.of(clips, settings, out, config, show_progress)
+    check_output(out)
+    with lock_folder(out, COMMAND):
+        features = ClipFeatures.of(clips, settings, out, config, show_progress)
+        predicted = _write_clips(features, name, columns, weights, show_progress)
+        summary = features.summary(predicted, config)
+    if not config.keep_features:
+        summary.discard()
+    return summary
+
+
+def _write_clips(
+    features: ClipFeatures, name: str, columns: Columns, weights: Path | None, show_progress: bool
+) -> list[Predicted]:
+    """Write the files of every clip that has features; `weights` is that of `model_traces`."""
+    if not features.items:
+        return []
     predicted: list[Predicted] = []
-    if features.items:
-        traces, windows = model_traces(
-            features.cache, name, columns, features.items, weights=weights, show=show_progress
-        )
-        empty = {clip.item for clip in featureless(windows)}
-        for trace in traces:
-            if trace.clip.item in empty:
-                features.add_failure(trace.clip.item)
-            else:
-                predicted.append(write_clip(out, trace))
-    return features.summary(predicted, config)
+    traces, windows = model_traces(features.cache, name, columns, features.items, weights=weights, show=show_progress)
+    empty = {clip.item for clip in featureless(windows)}
+    for trace in traces:
+        if trace.clip.item in empty:
+            features.add_failure(trace.clip.item)
+        else:
+            predicted.append(write_clip(features.out, trace))
+    return predicted

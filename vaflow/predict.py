@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -30,7 +31,7 @@ from vaflow.extract.config import DETECTORS, ExtractConfig
 from vaflow.extract.faces.choice import ALL, LARGEST, MAIN
 from vaflow.extract.faces.identity import AUTO, network_setting
 from vaflow.extract.pipeline import extract
-from vaflow.files import FAILURES, Failure, FailureLog, write_file
+from vaflow.files import FAILURES, Failure, FailureLog, lock_folder, write_file
 from vaflow.timeline import Bools, Floats, median_interval
 from vaflow.train import plots
 from vaflow.train.batch import VISUAL
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 FLOAT32 = ("onnx", "opensmile")  # encoders that ignore --precision
 IMPORTED = "imported"  # encoder of streams whose features were imported
 CLIPS_AT_A_TIME = 32
+COMMAND = "vaflow predict"  # in messages about the lock of an output directory
 FEATURES = ".features-"  # in the output directory while videos are extracted; then the digest of the settings
 
 
@@ -243,9 +245,13 @@ class PredictSummary:
     temporary: tuple[Path, ...] = ()
 
     def discard(self) -> None:
-        """Delete the features of new videos that no --cache keeps."""
+        """Delete the features of new videos that no --cache keeps.
+
+        Another prediction into the same folder, which has begun since, deletes them at its end.
+        """
         for features in self.temporary:
-            shutil.rmtree(features, ignore_errors=True)
+            with suppress(UsageError), lock_folder(features.parent, COMMAND):
+                shutil.rmtree(features, ignore_errors=True)
 
 
 def predict_media(
@@ -263,7 +269,7 @@ def predict_media(
 
     Raises:
         UsageError: the run or a video does not exist, the run reads imported features and `media` is given, or the
-            runs of an ensemble cannot share one extraction.
+            runs of an ensemble cannot share one extraction, or another prediction writes to `out`.
         FingerprintError: the weights of an encoder, or the streams of the cache, are not those of the run.
     """
     config = config or PredictConfig()
@@ -279,13 +285,30 @@ def predict_media(
     for path, member in members.items():
         for name in member.record.untrained:
             log.warning("%s was trained without %s labels; ignore its %s predictions", path, name, name)
-    features = ClipFeatures.of(clips_of(media), settings, out, config, show_progress)
-    predicted = write_clips(run, members, weights, features, show_progress)
-    sources = {clip.id: clip.audio for clip in features.clips if clip.audio is not None}
-    videos = {item: sources[source] for item in features.items if (source := clip_and_person(item)[0]) in sources}
-    videos |= {item: sources[item] for item in features.items if item in sources}
-    write_sources(out, maker_of(run), features.cache, [clip.item for clip in predicted], videos)
-    return features.summary(predicted, config)
+    clips = clips_of(media)
+    check_output(out)
+    with lock_folder(out, COMMAND):
+        features = ClipFeatures.of(clips, settings, out, config, show_progress)
+        predicted = write_clips(run, members, weights, features, show_progress)
+        sources = {clip.id: clip.audio for clip in features.clips if clip.audio is not None}
+        videos = {item: sources[source] for item in features.items if (source := clip_and_person(item)[0]) in sources}
+        videos |= {item: sources[item] for item in features.items if item in sources}
+        write_sources(out, maker_of(run), features.cache, [clip.item for clip in predicted], videos)
+        summary = features.summary(predicted, config)
+    if not config.keep_features:
+        summary.discard()
+    return summary
+
+
+def check_output(out: Path) -> None:
+    """Check that `out` belongs neither to a cache nor to a run, whose files would mix with predictions.
+
+    Raises:
+        UsageError: it is one.
+    """
+    kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
+    if kind:
+        raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
 
 
 @dataclass(frozen=True)
@@ -307,22 +330,14 @@ class ClipFeatures:
         config: PredictConfig,
         show_progress: bool,
     ) -> "ClipFeatures":
-        """Make `out`, and open the cache of the features; with `settings`, extract those of `clips` first.
+        """Open the cache of the features; with `settings`, extract those of `clips` first. `out` is a folder.
 
         Without `config.cache`, they are in a hidden folder in `out`, one per settings, which an interrupted prediction
         leaves for the next call.
 
         Raises:
-            UsageError: `out` belongs to a cache or a run or holds label tables, whose files would mix with the
-                predictions; or there are no clips to predict.
+            UsageError: `out` holds label tables, which predictions would replace; or there are no clips to predict.
         """
-        kind = "a cache" if is_cache(out) else "a run directory" if RunFolder(out).config_file.exists() else ""
-        if kind:
-            raise UsageError(explain(f"{out} is {kind}", expected="another directory for the predictions"))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(explain(f"Cannot write to {out}", expected="a folder", got=error.strerror)) from error
         refuse_foreign_tables(out, [clip.id for clip in clips])
         failures = FailureLog(out / FAILURES)
         folder = config.cache
@@ -355,14 +370,11 @@ class ClipFeatures:
         self.failures.add(with_earlier_predictions(self.out, failure))
 
     def summary(self, predicted: Sequence[Predicted], config: PredictConfig) -> PredictSummary:
-        """Return the counts of the prediction; deletes the features that nothing keeps."""
+        """Return the counts of the prediction."""
         temporary = () if config.cache is not None else tuple(self.out.glob(f"{FEATURES}*"))
         failures = tuple(self.failures.failures)
         warn_of_earlier_predictions(self.out, failures)
-        summary = PredictSummary(tuple(predicted), failures, self.failures.path, self.cache.path, temporary)
-        if not config.keep_features:
-            summary.discard()
-        return summary
+        return PredictSummary(tuple(predicted), failures, self.failures.path, self.cache.path, temporary)
 
 
 def write_clips(

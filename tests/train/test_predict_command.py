@@ -16,7 +16,8 @@ from vaflow.cli import main
 from vaflow.cli.predict import predictions_table
 from vaflow.errors import FingerprintError
 from vaflow.extract.config import ExtractConfig
-from vaflow.predict import Predicted
+from vaflow.files import lock_folder
+from vaflow.predict import Predicted, PredictSummary
 from vaflow.viewer import find_predictions
 
 SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
@@ -219,6 +220,21 @@ def test_an_interrupted_prediction_keeps_features_of_finished_clips(
     assert not list(out.glob(".features-*"))
 
 
+def test_predictions_into_one_folder_do_not_run_at_the_same_time(
+    video_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = video_run
+    (tmp_path / ".features-other").mkdir()
+    summary = PredictSummary((), (), tmp_path / "failures.jsonl", temporary=(tmp_path / ".features-other",))
+    with lock_folder(tmp_path, "vaflow predict"):
+        assert main(["predict", str(run), str(data), "--out", str(tmp_path), "--device", "cpu"]) == 2
+        assert "Another `vaflow predict` is writing to" in capsys.readouterr().err
+        summary.discard()
+        assert summary.temporary[0].is_dir()
+    summary.discard()
+    assert not summary.temporary[0].exists()
+
+
 def test_an_interrupted_prediction_keeps_finished_files(
     video_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,5 +309,5 @@ def test_features_left_by_other_weights_are_made_again(tmp_path: Path, monkeypat
     settings, config = ExtractConfig(), vaflow.predict.PredictConfig()
     for expected in ([False], [False, True, False]):  # the second call deletes the folder and extracts again
         with pytest.raises(FingerprintError):
-            vaflow.predict.ClipFeatures.of((), settings, tmp_path / "out", config, False)
+            vaflow.predict.ClipFeatures.of((), settings, tmp_path, config, False)
         assert existed == expected
