@@ -121,6 +121,12 @@ def test_labels_are_read_from_beside_the_video(tmp_path: Path) -> None:
     assert codes(dataset) == ["table-without-video"]
 
 
+def test_tables_of_persons_beside_an_audio_file_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "a#2.csv", "talk.wav", "talk.csv", "talk#2.csv")
+    (note,) = [note for note in open_dataset(tmp_path).notes if note.code == "table-without-video"]
+    assert note.message.endswith(": talk#2")
+
+
 def test_one_table_beside_two_videos_is_a_warning(tmp_path: Path) -> None:
     dataset = open_dataset(touch(tmp_path, "a.mp4", "a.avi", "a.csv"))
     assert [clip.labels for clip in dataset.clips] == [tmp_path / "a.csv"] * 2

@@ -140,7 +140,9 @@ def _table_notes(files: _Files, media: list[str], clips: list[Clip], beside: lis
     """Notes on tables without media, tables of several files, and audio files beside a video."""
     notes = []
     used = {_stem(path) for path in media}
-    if orphans := sorted(table for table in files.tables if not used & {table, clip_and_person(table)[0]}):
+    shows_people = {_stem(path) for path in media if is_video(path)}
+    unused = {table for table in files.tables.keys() - used if clip_and_person(table)[0] not in shows_people}
+    if orphans := sorted(unused):
         message = f"Tables without a video or audio file of their name: {examples(orphans)}"
         remedy = "Put the recording beside its table, or rename the table"
         notes.append(Note("note", "table-without-video", "", message, remedy))
