@@ -1,5 +1,6 @@
 """Weights from files and the hub: digests, rejected formats, an unreachable hub."""
 
+import os
 import pickle
 import socket
 import time
@@ -98,6 +99,16 @@ def test_files_of_other_formats_are_rejected(tmp_path: Path, content: bytes, suf
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=f"w{suffix}"):
         build("clip-vit-b16", weights=path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_are_read_from_paths_that_are_not_utf8(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save = torch.save if suffix == "pt" else save_file
+    save(STATE, tmp_path / f"s.{suffix}")
+    moved = (tmp_path / f"s.{suffix}").rename(folder / f"s.{suffix}")
+    assert state_digest(read_state_dict(moved)) == state_digest(STATE)
 
 
 def test_empty_and_missing_files_are_rejected(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return _unwrap(path, load_file(path))
+            with path.open("rb") as file:  # by its number: safetensors refuses paths that are not UTF-8
+                return _unwrap(path, load_file(f"/dev/fd/{file.fileno()}"))
         except (SafetensorError, OSError) as error:
             raise WeightsError(_unreadable(path, error)) from error
     _check_archive(path)
