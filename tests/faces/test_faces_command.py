@@ -12,6 +12,7 @@ from composites import in_a_row, write
 from vaflow.cache import create_cache, open_cache
 from vaflow.cache.schema import FACES, PIXELS, StreamInfo
 from vaflow.cli import main
+from vaflow.errors import DataError, MediaError
 from vaflow.viewer.people import cached_faces, clip_card
 
 
@@ -93,6 +94,18 @@ def test_pixels_without_their_optional_frame_numbers_give_a_page_without_crops(e
     cache.write(PIXELS, "one", {"data": np.zeros(0, np.uint8), "offset": offset, "time": time, "valid": valid})
     (clip,) = cached_faces(cache, ["one"])
     assert not any(clip.crops) and clip.step == 0
+
+
+def test_stored_crops_that_are_not_images_are_reported(extracted: Path) -> None:
+    (clip,) = cached_faces(open_cache(extracted), ["pair <b>"])
+    whole = bytearray(next(filter(None, clip.crops)))
+    frame_header = whole.index(b"\xff\xc0")
+    whole[frame_header + 5 : frame_header + 9] = b"\xff\xdc" * 2  # 65,500 x 65,500 pixels
+    for jpeg in (b"text", bytes(whole)):
+        with pytest.raises(MediaError, match=r"Crop 0 of pair <b> cannot be read as an image"):
+            clip_card(replace(clip, crops=[jpeg] * len(clip.crops)))
+    with pytest.raises(DataError, match="not those of its faces"):
+        clip_card(replace(clip, crops=clip.crops[:-1]))
 
 
 def test_the_face_table_lists_every_box(two_people: Path, extracted: Path) -> None:

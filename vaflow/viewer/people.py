@@ -10,7 +10,7 @@ import math
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from vaflow.cache.remote import shown_place
 from vaflow.cache.schema import CROPS, FACES, LABELS, PIXELS
 from vaflow.datasets import open_dataset
 from vaflow.datasets.files import head
-from vaflow.errors import MediaError, UsageError, count, examples, explain
+from vaflow.encoders.preprocessing import decode_image
+from vaflow.errors import DataError, MediaError, UsageError, count, examples, explain
 from vaflow.extract.container import frame_times
 from vaflow.extract.faces.crops import MAX_YAW, MIN_CLEAR_SCORE, MIN_CLEAR_SIZE, MIN_SHARPNESS, align, encode_jpeg
 from vaflow.extract.faces.detection import CenterFace, Face
@@ -152,7 +153,11 @@ def detected_faces(video: Path, network: str, grid: Grid) -> tuple[Arrays, float
 
 
 def clip_card(clip: FacesOfClip) -> ClipCard:
-    """A clip's people with their crops, stored or cut from the video, if there are any."""
+    """A clip's people with their crops, stored or cut from the video, if there are any.
+
+    Raises:
+        DataError: a stored crop is not an image, or there are more or fewer crops than faces.
+    """
     faces = clip.faces
     instants = np.unique(faces["time"])
     step = clip.step or median_interval(instants)
@@ -164,7 +169,10 @@ def clip_card(clip: FacesOfClip) -> ClipCard:
         shown[number] = mine[np.unique(evenly)].tolist()
     rows = sorted({row for rows in shown.values() for row in rows})
     if any(clip.crops):
-        crops = {row: _data_url(clip.crops[row]) for row in rows if clip.crops[row]}
+        if len(clip.crops) != len(faces["time"]):
+            problem = f"The crops of {clip.item} are not those of its faces"
+            raise DataError(explain(problem, expected=f"{len(faces['time'])} images", got=len(clip.crops)))
+        crops = {row: _data_url(clip.crops[row], f"Crop {row} of {clip.item}") for row in rows if clip.crops[row]}
     else:
         crops = _crops(faces, rows, clip.video) if clip.video else {}
     duration = min(float(instants[-1]) + step, clip.duration) if len(instants) else 0.0
@@ -208,13 +216,13 @@ def _crops(faces: Arrays, rows: Sequence[int], video: Path) -> dict[int, str]:
             face = Face(
                 (box[0], box[1], box[2], box[3]), float(faces["score"][row]), faces["landmarks"][row].astype(float)
             )
-            made[row] = _data_url(encode_jpeg(align(image, face)))
+            made[row] = _data_url(encode_jpeg(align(image, face)), f"The crop of face {row}")
     return made
 
 
-def _data_url(jpeg: bytes) -> str:
-    """A crop in the size of the page."""
-    small = np.asarray(Images.open(BytesIO(jpeg)).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
+def _data_url(jpeg: bytes, name: str) -> str:
+    """A crop in the size of the page; messages call it `name`. Raises MediaError."""
+    small = np.asarray(Images.fromarray(decode_image(jpeg, name)).resize((CROP_SIZE, CROP_SIZE)), np.uint8)
     return "data:image/jpeg;base64," + b64encode(encode_jpeg(small, 80)).decode()
 
 
