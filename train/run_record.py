@@ -189,6 +189,7 @@ class RunRecord:
         tuned: of a fine-tuned run, the streams that its encoders make; empty until it is finished.
         cache: address of the cache that it was trained on; cache_relative: the same path from the run's directory.
         groups_relative: path of the file of `fold_groups` from the run's directory; empty: none.
+        prompts: digest of what the prompt embeddings were made from; empty: without a prompt head, or not recorded.
         data: split -> {"clips", "windows", "labelled_frames", "labelled_valence", "labelled_arousal"}.
         environment: device, PyTorch version and float32 arithmetic of the training.
         settings: the table of settings as it was read: it lacks settings that were added since; empty in a new record.
@@ -203,6 +204,7 @@ class RunRecord:
     targets: tuple[TargetSpec, ...] = ()
     cache_relative: str = ""
     groups_relative: str = ""
+    prompts: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -234,6 +236,8 @@ class RunRecord:
         }
         if self.groups_relative:
             document["groups_relative"] = _path_to_text(self.groups_relative)
+        if self.prompts:
+            document["prompts"] = self.prompts
         if self.targets:
             document["target"] = [{**asdict(target), "names": list(target.names)} for target in self.targets]
         if self.environment:
@@ -281,6 +285,7 @@ class RunRecord:
                 targets,
                 _path_from_text(document.get("cache_relative", "")),
                 _path_from_text(document.get("groups_relative", "")),
+                str(document.get("prompts", "")),
                 document.get("environment", {}),
                 document["train"],
             )
@@ -317,6 +322,9 @@ def new_record(cache: Cache | Path | str, config: TrainConfig, inputs: Inputs, r
     """The record of a run before any clip is read; `run` is its directory."""
     cache_address = address(cache.place if isinstance(cache, Cache) else cache)
     record = RunRecord(config, inputs.streams, cache_address, targets=inputs.targets)
+    if isinstance(cache, Cache) and inputs.text:
+        facts = [cache.fingerprint(inputs.text), cache.record(inputs.text, config.prompts).source]
+        record = replace(record, prompts=blake2b(canonical(facts), digest_size=16).hexdigest())
     if run is None:
         return record
     groups, base = config.fold_groups.rpartition(":")[0], Path(run).resolve()

@@ -34,6 +34,7 @@ from vaflow.train.search_space import (
     DONE,
     FAILED,
     STOPPED,
+    Choice,
     Log,
     SearchOptions,
     SearchResult,
@@ -137,6 +138,7 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         "searched": {name: repr(kind) for name, kind in space.searched.items()},
         "options": {key: value for key, value in vars(options).items() if key not in ("device", "together")},
         "clips": _clips_digest(cache, options.train),
+        "prompts": _prompts(cache, space),
     }
     path = out / STARTED
     if not path.is_file():
@@ -150,7 +152,8 @@ def _check_same(cache: Cache, space: Space, out: Path, options: SearchOptions) -
         raise UsageError(explain(f"{path} is damaged", got=error, remedy="Choose another --out")) from error
     if isinstance(before, dict) and isinstance(before.get("options"), dict):
         before["options"].setdefault("batch", 1)  # a search of an older version proposed one trial at a time
-        before.setdefault("clips", facts["clips"])  # ... and did not store them
+        for name in ("clips", "prompts"):
+            before.setdefault(name, facts[name])  # ... and did not store them
     changed = [name for name in facts if not isinstance(before, dict) or before.get(name) != facts[name]]
     if changed:
         problem = f"{out} holds a search that was started differently"
@@ -164,6 +167,14 @@ def _clips_digest(cache: Cache, split: str) -> str:
     items = split_items(cache, split, TrainConfig.fold_splits)
     facts = [[item, {name: known[item] for name, known in stamps.items() if item in known}] for item in items]
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _prompts(cache: Cache, space: Space) -> dict[str, dict[str, str]]:
+    """What the prompt sets that trials use were made from: stream -> set -> stamp."""
+    searched = space.searched.get("prompts")
+    used = set(searched.values) if isinstance(searched, Choice) else {space.fixed.get("prompts", TrainConfig.prompts)}
+    texts = {name: cache.source_stamps(name) for name, info in cache.streams().items() if info.kind == "text"}
+    return {name: {item: stamp for item, stamp in stamps.items() if item in used} for name, stamps in texts.items()}
 
 
 @dataclass

@@ -162,6 +162,8 @@ def check_unchanged(run: Path, old: RunRecord, new: RunRecord, ignore: Iterable[
         for stream in new.streams
         if prints.get(stream.name, stream.fingerprint) != stream.fingerprint
     ]
+    if old.prompts and old.prompts != new.prompts and old.config.prompts == new.config.prompts:
+        changed.append(f"prompts {new.config.prompts!r}: other templates, descriptions or encoder")
     if changed:
         keep = f"--config {shlex.quote(str(run / 'config.toml'))}"
         remedy = f"Choose another --out, resume with its settings ({keep}), or train again with --fresh"

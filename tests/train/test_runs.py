@@ -170,6 +170,16 @@ def test_several_processes_train_no_heads(cache: Cache, tmp_path: Path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+def test_changed_prompts_are_rejected(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 1, "val": 1}, seconds=(4, 5)))
+    quiet_run(cache, replace(CONFIG, epochs=1), tmp_path / "run")
+    text = f"{VISUAL}.text"
+    cache.write(text, "default", dict(cache.read(text, "default").arrays), source={"prompts": {"templates": ["{}"]}})
+    with pytest.raises(UsageError, match="prompts 'default': other templates, descriptions or encoder"):
+        quiet_run(cache, replace(CONFIG, epochs=2), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").done
+
+
 def test_a_longer_training_that_is_refused_keeps_the_scores(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", Toy(splits={"train": 2, "val": 2}, seconds=(5, 6)))
     config = replace(CONFIG, epochs=1)

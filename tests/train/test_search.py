@@ -262,6 +262,20 @@ def test_trials_on_other_clips_are_not_continued(searched, cache, tmp_path, comm
     assert "started differently. Got: other clips." in capsys.readouterr().err
 
 
+def test_trials_on_other_prompts_are_not_continued(searched, cache, tmp_path, command, capsys):
+    out, changed = tmp_path / "out", tmp_path / "cache"
+    shutil.copytree(searched, out)
+    shutil.copytree(cache, changed)
+    opened = open_cache(changed, writable=True)
+    arrays = dict(opened.read("toy-eyes.text", "default").arrays)
+    opened.write("toy-eyes.text", "more", arrays)  # no trial uses it
+    command = [str(changed) if argument == str(cache) else argument for argument in command]
+    assert main([*command, "--trials", "1", "--out", str(out), "-q"]) == 0
+    opened.write("toy-eyes.text", "default", arrays, source={"prompts": {"templates": ["{}"]}})
+    assert main([*command, "--trials", "1", "--out", str(out)]) == 2
+    assert "started differently. Got: other prompts." in capsys.readouterr().err
+
+
 def test_a_held_out_split_of_recordings_that_trials_see_is_rejected(command, cache, tmp_path, capsys):
     twins = tmp_path / "twins"
     shutil.copytree(cache, twins)
