@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vaflow.cache import Cache
 from vaflow.cache.schema import LABELS, Item
 from vaflow.device import choose_device
-from vaflow.errors import DataError, UsageError, count, explain
+from vaflow.errors import DataError, UsageError, command, count, explain
 from vaflow.settings import settings_of
 from vaflow.timeline import Floats, median_interval
 from vaflow.train import index_tables as tables
@@ -64,7 +64,7 @@ def check_annotated(windows: WindowSet, split: str, cache: Cache) -> None:
 def check_has_clips(cache: Cache) -> None:
     """Raise UsageError if the cache has no clips, because the error on an unknown split could list no other split."""
     if not cache.items():
-        remedy = f"Fill it: vaflow extract DATA --out {cache.place}"
+        remedy = f"Fill it: {command('extract', 'DATA', '--out', cache.place)}"
         raise UsageError(explain(f"{cache.place} has no clips", remedy=remedy))
 
 

@@ -167,7 +167,7 @@ def members_of(path: Path) -> tuple[list[Path], Floats]:
     runs = _places(path, ensemble)
     missing = [name for run, name in zip(runs, ensemble.runs, strict=True) if not run.is_dir()]
     if missing:
-        remedy = f"Move them back, or make an ensemble of other runs: vaflow ensemble RUN... --out {path}"
+        remedy = f"Move them back, or make an ensemble of other runs: {command('ensemble', 'RUN...', '--out', path)}"
         raise UsageError(explain(f"Runs of the ensemble {path} do not exist", got=", ".join(missing), remedy=remedy))
     return runs, ensemble.table
 

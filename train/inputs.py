@@ -17,7 +17,7 @@ from vaflow.cache import Cache
 from vaflow.cache.layout import fingerprint
 from vaflow.cache.schema import FACES, LOGMEL, Item, StreamInfo, stored_layers
 from vaflow.encoders import is_encoder
-from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.timeline import Bools, Floats, Grid, median_interval
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec, TargetSpec, target_specs
 from vaflow.train.config import NONE, TrainConfig
@@ -105,7 +105,8 @@ def resolve(cache: Cache, config: TrainConfig) -> tuple[TrainConfig, Inputs]:
     if not visual and not audio:
         kinds = sorted({info.kind for info in known.values()})
         problem = f"{cache.place} has nothing to train on"
-        remedy = f"Fill it with `vaflow extract DATA --out {cache.place}`, or name a stream with --visual or --audio"
+        extraction = command("extract", "DATA", "--out", cache.place)
+        remedy = f"Fill it with `{extraction}`, or name a stream with --visual or --audio"
         got = ", ".join(kinds) or "no streams"
         raise UsageError(explain(problem, expected="a visual or audio stream", got=got, remedy=remedy))
     config = replace(
@@ -146,8 +147,8 @@ def _choose(cache: Cache, known: Mapping[str, StreamInfo], modality: str, names:
             remedy = None
             if is_encoder(name, modality) or name == LOGMEL:
                 other = AUDIO if modality == VISUAL else VISUAL
-                command = f"vaflow extract ROOT --out {cache.place} --{modality} {name} --{other} none"
-                remedy = f"Add it to the cache: {command}"
+                options = (f"--{modality}", name, f"--{other}", "none")
+                remedy = f"Add it to the cache: {command('extract', 'ROOT', '--out', cache.place, *options)}"
             kind = f"; it is a {known[name].kind} stream" if name in known else ""
             problem = f"{cache.place} has no {modality} stream {name!r}{kind}"
             raise UsageError(explain(problem, got=name, choices=choices, remedy=remedy))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaflow.errors import DataError, UsageError, explain
+from vaflow.errors import DataError, UsageError, command, explain
 
 if TYPE_CHECKING:
     import pandas
@@ -108,7 +108,7 @@ class Run:
         from vaflow.predict import PredictConfig, predict_media
 
         if Path(video).is_dir():
-            remedy = f"vaflow predict {self.path} {video} --out DIR"
+            remedy = command("predict", self.path, video, "--out", "DIR")
             raise UsageError(explain(f"{video} is a folder", expected="one video file", remedy=remedy))
         config = PredictConfig(device=device, weights={k: Path(v) for k, v in (weights or {}).items()})
         with tempfile.TemporaryDirectory(prefix="vaflow-") as folder:

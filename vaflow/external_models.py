@@ -15,7 +15,7 @@ from vaflow.cache import Cache
 from vaflow.cache.layout import canonical
 from vaflow.cache.schema import StreamInfo
 from vaflow.encoders import build_encoder
-from vaflow.errors import FingerprintError, UsageError, explain
+from vaflow.errors import FingerprintError, UsageError, command, explain
 from vaflow.extract.config import ExtractConfig
 from vaflow.files import lock_folder
 from vaflow.predict import (
@@ -80,7 +80,7 @@ def model_traces(
     """
     known = cache.streams()
     if name not in known:
-        remedy = f"Extract it: vaflow extract ROOT --out {cache.place} --visual {name}"
+        remedy = f"Extract it: {command('extract', 'ROOT', '--out', cache.place, '--visual', name)}"
         raise UsageError(explain(f"{cache.place} has no stream of this model", got=name, choices=known, remedy=remedy))
     info = known[name]
     check_same_model(cache, info, weights)

@@ -129,11 +129,14 @@ def test_missing_streams_are_rejected(cache: Cache, tmp_path: Path, capsys: pyte
 
 
 def test_empty_caches_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty = create_cache(tmp_path / "empty")
-    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", "vaflow extract")
+    empty = create_cache(tmp_path / "an empty cache")
+    remedy = f"vaflow extract DATA --out '{empty.path}'"  # with a quoted path
+    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "nothing to train on", remedy)
+    other = f"vaflow extract ROOT --out '{empty.path}' --visual clip-tiny --audio none"
+    assert_refused(capsys, 2, train(empty.path, tmp_path / "run", "--visual", "clip-tiny"), "Choices: none", other)
     empty.declare(StreamInfo("toy-eyes", "visual", 3, "float16", {"encoder": "toy"}))
     empty.declare(StreamInfo("labels", "labels", 0, "float32", {"encoder": "labels"}))
-    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", "vaflow extract")
+    assert_refused(capsys, 2, train(empty.path, tmp_path / "run"), "has no clips", remedy)
 
 
 def test_another_schema_version_is_rejected(

@@ -248,10 +248,21 @@ def test_caches_and_runs_in_the_data_set_are_not_searched(tmp_path: Path) -> Non
     touch(tmp_path, "d/run/config.toml", "d/run/clips.json", "config.toml", "clips.json")
     dataset = open_dataset(tmp_path)
     assert ids(dataset) == ["a"] and codes(dataset) == ["outputs", "ignored-files"]
-    assert dataset.notes[0].message == "Caches and runs in the data set are not searched: c, d/run"
+    assert dataset.notes[0].message == "Caches, runs and pages in the data set are not searched: c, d/run"
     left_out = LeftOut(tmp_path)
     assert [folder.name for folder, _ in walk(tmp_path, left_out)] == [tmp_path.name, "d"]
     assert left_out.outputs == ["c", "d/run"]
+
+
+def test_files_of_predictions_beside_the_videos_are_not_clips(tmp_path: Path) -> None:
+    touch(tmp_path, "a.avi", "a.csv", "a.overlay.mp4", "b.overlay.mp4")
+    touch(tmp_path, "view/index.html", "view/clips/0001.js", "view/media/0001-60007af5.mp4")
+    dataset = open_dataset(tmp_path)
+    assert ids(dataset) == ["a", "b.overlay"]
+    assert [note.message for note in dataset.notes] == [
+        "Caches, runs and pages in the data set are not searched: view",
+        "Files that are not used (.mp4: 1): a.overlay.mp4",
+    ]
 
 
 def test_no_layout_fits(tmp_path: Path) -> None:

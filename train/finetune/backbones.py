@@ -28,7 +28,7 @@ from vaflow.encoders import build_encoder
 from vaflow.encoders.base import cut, recorded_identity
 from vaflow.encoders.logmel import HOP, RATE
 from vaflow.encoders.preprocessing import Preparation, decode_image
-from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, examples, explain
+from vaflow.errors import DataError, FingerprintError, UsageError, WeightsError, command, examples, explain
 from vaflow.train.batch import VISUAL
 from vaflow.train.data import default_budget, make_packs, mapped_zeros
 from vaflow.train.inputs import InputStream, sampling
@@ -347,14 +347,14 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
         UsageError: an input is missing or differs; the message contains the command that extracts it.
     """
     known = cache.streams()
-    names = " ".join(f"--{stream.kind} {stream.name}" for stream in streams)
-    command = f"vaflow extract ROOT {names} --pixels --out"
+    names = [word for stream in streams for word in (f"--{stream.kind}", stream.name)]
     for stream in streams:
         source = _source_of(stream)
         if source not in known:
             problem = f"{cache.place} has no {source}, which fine-tuning of {stream.name} requires"
             expected = f"a cache that was extracted with --{PIXELS}"
-            remedy = f"Add them with `{command} {cache.place}` and the other options of the extraction"
+            extraction = command("extract", "ROOT", *names, "--pixels", "--out", cache.place)
+            remedy = f"Add them with `{extraction}` and the other options of the extraction"
             raise UsageError(explain(problem, expected=expected, got=", ".join(known), remedy=remedy))
         if stream.kind == VISUAL:
             stored_origin, used_origin = _origin(known[source].identity), _origin(stream.identity)
@@ -391,7 +391,7 @@ def load_sources(
         lacking = [item for item in clips if not cache.has(_source_of(stream), item)]
         if lacking:
             problem = f"{len(lacking)} clips have {stream.name} but no {_source_of(stream)}: {examples(lacking)}"
-            remedy = f"Complete the extraction: vaflow extract ROOT --out {cache.place} --pixels"
+            remedy = f"Complete the extraction: {command('extract', 'ROOT', '--out', cache.place, '--pixels')}"
             raise DataError(explain(problem, expected="the input of every embedding", remedy=remedy))
         load = _load_images if stream.kind == VISUAL else _load_logmel
         loaded[stream.name] = load(cache, backbone, clips, scratch)

@@ -50,7 +50,7 @@ class LeftOut:
         unreadable: folders that cannot be listed.
         unusable: dangling or looping links, pipes and devices, names that are not UTF-8 or contain a backslash.
         ignored: files of a kind that the layout does not use.
-        outputs: caches and runs, which are not entered.
+        outputs: caches, runs and pages of `vaflow view`, which are not entered.
     """
 
     root: Path
@@ -79,7 +79,7 @@ class LeftOut:
             message = f"Broken links, special files, names not in UTF-8 or with a backslash: {examples(self.unusable)}"
             notes.append(Note("warning", "unusable-name", "", message, "Rename the files, or correct the links"))
         if self.outputs:
-            message = f"Caches and runs in the data set are not searched: {examples(sorted(self.outputs))}"
+            message = f"Caches, runs and pages in the data set are not searched: {examples(sorted(self.outputs))}"
             notes.append(Note("note", "outputs", "", message))
         if self.ignored:
             kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in self.ignored)  # noqa: PTH122
@@ -123,7 +123,9 @@ def other_directory(folder: Path) -> str:
     """The name of what a folder is that another command of this package wrote; else ""."""
     if (folder / "manifest.json").is_file() and (folder / "streams").is_dir():
         return "a cache"
-    return "a run directory" if (folder / "config.toml").is_file() and (folder / "clips.json").is_file() else ""
+    if (folder / "config.toml").is_file() and (folder / "clips.json").is_file():
+        return "a run directory"
+    return "a page of `vaflow view`" if (folder / "clips/0001.js").is_file() and (folder / "media").is_dir() else ""
 
 
 def walk(root: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:

@@ -6,8 +6,8 @@
     ROOT/**/<stem>#K.csv        labels of person K, where all people of a clip are extracted
     ROOT/splits.csv             name, split, and optionally group
 
-Hidden files and folders are skipped. Caches and runs are not entered, nor are linked folders: they may leave the root
-or lead in circles.
+Hidden files and folders are skipped. Caches, runs, pages and overlay videos of predictions are left out, and so are
+linked folders: they may leave the root or lead in circles.
 Everything else that is not used becomes a note.
 """
 
@@ -35,6 +35,7 @@ from vaflow.datasets.labels import TARGETS, LabelFile, split_cells
 from vaflow.errors import DataError, examples, explain
 
 PERSON_LABELS = "person-labels"  # code of the note on labels that only --person all reads
+OVERLAY = ".overlay.mp4"  # of `vaflow predict --video`, beside its table
 LOOKS_FOR = "video or audio files (mp4, mov, avi, mkv, webm, mpg, wmv, wav, mp3 ...) in any folder"
 
 _EXPECTED = (
@@ -133,6 +134,9 @@ def _survey(root: Path, left_out: LeftOut, *, first_only: bool = False) -> _File
         if first_only and (files.videos or files.audio):
             break
         queue += reversed(inside)
+    overlays = {path for path in files.videos if path.endswith(OVERLAY) and path.removesuffix(OVERLAY) in files.tables}
+    left_out.ignored += overlays
+    files.videos = [path for path in files.videos if path not in overlays]
     return files
 
 
