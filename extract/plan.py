@@ -408,10 +408,10 @@ def carry_out(
     changed = [task for task in plan.tasks if task.changed]
     summary.outdated = sum(not failed.isdisjoint((task.clip.id, task.first_item)) for task in changed)
     summary.changed = len(changed) - summary.outdated
-    made = ("visual", "audio", "pixels")
+    made = ("visual", "audio", "pixels", "targets")
     others = [name for name, info in cache.streams().items() if name not in infos and info.kind in made]
     for name, behind in other_versions(cache, others, [task.first_item for task in changed]).items():
-        logger.warning("%s was made from earlier videos of %s. Extract it again as well", name, examples(behind))
+        logger.warning("%s was made from earlier videos of %s. Extract or import it again", name, examples(behind))
     summary.wall_seconds = time.perf_counter() - began
     return summary
 

@@ -163,8 +163,8 @@ def outdated_clips(cache: Cache, streams: Iterable[str], split: str, items: Coll
     They failed when they were extracted last, or were extracted again with their new labels, but not for all `streams`.
     """
     warnings = [
-        f"{split}: {name} holds features of another video than the labels for {count(len(behind), 'clip')} "
-        f"({examples(behind)}); extract {name} again"
+        f"{split}: {name} was made from another video than the labels for {count(len(behind), 'clip')} "
+        f"({examples(behind)}); extract or import {name} again"
         for name, behind in other_versions(cache, streams, items).items()
     ]
     listed: dict[str, float] = {}

@@ -37,8 +37,8 @@ from vaflow.datasets.labels import (
 )
 from vaflow.datasets.videos import read_csv
 from vaflow.errors import DataError, UsageError, command, count, explain
-from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features
-from vaflow.extract.source_files import file_identity, same_file
+from vaflow.extract.importing.feature_files import Columns, FeatureFile, Features, files_below
+from vaflow.extract.source_files import file_identity, same_file, same_part
 from vaflow.extract.streams import provenance
 from vaflow.timeline import Bools, Floats, extend, median_interval
 
@@ -298,12 +298,16 @@ class TargetTable:
 
 @dataclass(frozen=True)
 class TargetSummary:
-    """The result of an import: clips written, clips up to date, annotated rows, and the names of the targets."""
+    """The result of an import: clips written, clips up to date, annotated rows, and the names of the targets.
+
+    `unused`: files that belong to no clip of the cache.
+    """
 
     written: int
     done: int
     rows: int
     names: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
 
 def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Sequence[str] = ()) -> TargetSummary:
@@ -339,15 +343,22 @@ def import_targets(cache: Cache, stream: str, task: str, folder: Path, names: Se
             number = time.astype(np.int64)
             time = extend(cache.read(LABELS, item, ["time"]).time, int(number.max()) + 1)[number]
         order = np.argsort(time, kind="stable")
-        same = cache.has(stream, item) and same_file(files[item], cache.record(stream, item).source["targets"])
+        source = cache.record(LABELS, item).source
+        video = {part: source[part] for part in ("video", "frames") if part in source}
+        stored = cache.record(stream, item).source if cache.has(stream, item) else {"targets": {}}
+        same = same_file(files[item], stored["targets"]) and same_part(
+            {part: stored.get(part) for part in video}, video
+        )
         if same and np.array_equal(cache.read(stream, item, ["time"]).time, time[order]):  # the clip's frames as well
             continue
         value, valid = table.value[order].astype(np.float32), table.valid[order]
         arrays: dict[str, Array] = {"time": time[order], "value": value, "valid": valid}
-        cache.write(stream, item, arrays, source={"targets": file_identity(files[item])})
+        cache.write(stream, item, arrays, source={"targets": file_identity(files[item])} | video)
         written += 1
     rows = sum(int(table.valid.any(axis=1).sum()) for table in tables.values())
-    return TargetSummary(written, len(tables) - written, rows, first.names)
+    found = (path.relative_to(folder) for path in sorted(files_below(folder)) if path.suffix in SUFFIXES)
+    unused = tuple(str(path) for path in found if path.with_suffix("").as_posix() not in files)
+    return TargetSummary(written, len(tables) - written, rows, first.names, unused)
 
 
 def _read_all(files: dict[str, Path], task: str, names: tuple[str, ...]) -> dict[str, TargetTable]:

@@ -131,4 +131,4 @@ def test_rehash_detects_faces_in_replaced_frames_of_equal_size(
 
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "00002.png")
     assert run(dataset, out, (None, None)).changed == 1
-    assert "clip-tiny was made from earlier videos of a. Extract it again as well" in caplog.text
+    assert "clip-tiny was made from earlier videos of a. Extract or import it again" in caplog.text

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vaflow.cache import Cache, create_cache
+from vaflow.cache.maintenance import other_versions
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
 from vaflow.errors import DataError, FingerprintError, UsageError
@@ -56,6 +57,18 @@ def test_targets_follow_frames_that_have_changed(cache: Cache, tmp_path: Path) -
     cache.write(LABELS, "a", {**labels, "time": FRAMES / 2})
     assert import_targets(cache, "au", "binary", tmp_path / "au").written == 1
     np.testing.assert_array_equal(cache.read("au", "a").time, FRAMES[:2] / 2)
+    assert import_targets(cache, "au", "binary", tmp_path / "au").done == 1
+
+
+def test_targets_of_an_earlier_video_are_known(cache: Cache, tmp_path: Path) -> None:
+    write(tmp_path / "au", "a", "AU1,AU2\n0,1\n1,-1\n")
+    labels = cache.read(LABELS, "a").arrays
+    for digest in ("1", "2"):
+        cache.write(LABELS, "a", labels, source={"video": {"name": "a.mp4", "blake2b": digest}})
+        assert other_versions(cache, ["au"], ["a"]) == ({} if digest == "1" else {"au": ["a"]})
+        assert import_targets(cache, "au", "binary", tmp_path / "au").written == 1
+        assert other_versions(cache, ["au"], ["a"]) == {}
+    cache.write(LABELS, "a", labels, source={"video": {"name": "b.mp4", "blake2b": "2"}})
     assert import_targets(cache, "au", "binary", tmp_path / "au").done == 1
 
 
@@ -157,9 +170,12 @@ def test_the_command(cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture
         "written": 1,
         "done": 0,
         "rows": 2,
+        "unused": [],
     }
+    write(tmp_path / "expr", "sub/c", "Neutral,Anger,Other\n0\n", ".txt")
     assert main([*command, str(tmp_path / "expr")]) == 0
-    assert "1 up to date" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 up to date" in printed.out and "1 file of clips that the cache does not have: sub/c.txt" in printed.err
     assert main([*command, str(tmp_path / "none")]) == 2
     assert main(["cache", "verify", str(cache.path)]) == 0
 

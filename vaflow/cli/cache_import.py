@@ -138,10 +138,13 @@ def targets(
     done = import_targets(open_cache(cache, writable=True), stream, task, folder, listed)
     if output.json:
         facts = {"stream": stream, "names": list(done.names), "written": done.written, "done": done.done}
-        print_json(facts | {"rows": done.rows})
+        print_json(facts | {"rows": done.rows, "unused": done.unused})
     elif not output.quiet:
         same = f", {done.done} up to date" if done.done else ""
         echo(f"Clips written: {done.written}{same}; {done.rows} annotated rows of {', '.join(done.names)}.")
+        if done.unused:
+            unused = visible(examples(done.unused))
+            echo(f"{count(len(done.unused), 'file')} of clips that the cache does not have: {unused}", err=True)
     return 0
 
 
