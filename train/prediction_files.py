@@ -23,7 +23,7 @@ from vaflow.datasets.files import below
 from vaflow.datasets.videos import has_predictions
 from vaflow.encoders.prompts import REGIONS
 from vaflow.errors import CorruptError, DataError, UsageError, examples, explain
-from vaflow.files import Failure, is_behind_link, write_file
+from vaflow.files import Failure, is_behind_link, read_text, write_file
 from vaflow.timeline import Floats
 from vaflow.train.inputs import LOGMEL_INTERVAL, face_quality, speech_activity
 from vaflow.train.losses import CENTERS, SIGMA
@@ -327,7 +327,7 @@ def read_sources(place: Path) -> PredictionSources | None:
     """
     path = _beside(place) if place.is_file() else place / SOURCES_FILE
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(read_text(path))
         items = {item: ItemSources(**facts) for item, facts in document.pop("items").items()}
         earlier = tuple(PredictionSources(**facts) for facts in document.pop("earlier", ()))
         for item, facts in items.items():

@@ -34,7 +34,7 @@ from vaflow.cache import is_cache
 from vaflow.device import forbid_tf32
 from vaflow.encoders.weights import hub_file
 from vaflow.errors import CorruptError, UsageError, WeightsError, command, explain
-from vaflow.files import read_tensors, refuse_links, write_file
+from vaflow.files import read_tensors, read_text, refuse_links, write_file
 from vaflow.train import run_record as digests
 from vaflow.train.batch import StreamSpec, TargetSpec
 from vaflow.train.config import TrainConfig
@@ -141,7 +141,7 @@ class RunFolder:
         """
         if not self.clips_file.is_file():
             return None
-        return digests.from_json(self.clips_file.read_text("utf-8"), str(self.clips_file))
+        return digests.from_json(read_text(self.clips_file), str(self.clips_file))
 
     def record(self) -> RunRecord | None:
         """Read `config.toml`, or `config.json` of a published run; None if the run has not started.
@@ -151,7 +151,7 @@ class RunFolder:
         """
         file = self.config_file if self.config_file.is_file() else self.path / PUBLISHED_CONFIG
         try:
-            text = file.read_text("utf-8")
+            text = read_text(file)
             if file.suffix == ".json":
                 return RunRecord.from_document(json.loads(text))
             return _located(RunRecord.from_toml(text), self.path)
@@ -183,7 +183,7 @@ class RunFolder:
             CorruptError: it is damaged.
         """
         try:
-            result: dict[str, Any] = json.loads(self.metrics_file.read_text("utf-8"))
+            result: dict[str, Any] = json.loads(read_text(self.metrics_file))
         except (ValueError, RecursionError) as error:
             raise CorruptError(explain(f"{self.metrics_file} cannot be read", got=error)) from error
         if not isinstance(result, dict):
@@ -307,7 +307,7 @@ def named_files(config: Path) -> list[str]:
         CorruptError: it is not one that `vaflow export` wrote.
     """
     try:
-        document = json.loads(config.read_text("utf-8"))
+        document = json.loads(read_text(config))
         files = document["files"]
         RunRecord.from_document(document)
         wrong = [file for file in files if not isinstance(file, str) or not _PUBLISHED_FILE.fullmatch(file)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vaflow.errors import CorruptError, UsageError, explain
-from vaflow.files import write_file
+from vaflow.files import read_text, write_file
 from vaflow.timeline import Floats, Ints, median_interval
 from vaflow.train.scores import score
 from vaflow.train.traces import Trace
@@ -221,7 +221,7 @@ def read_smoothing(run: Path) -> Smoothing | None:
     """
     path = run / FILE
     try:
-        return Smoothing(**json.loads(path.read_text("utf-8")))
+        return Smoothing(**json.loads(read_text(path)))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vaflow.errors import CorruptError, explain
-from vaflow.files import read_tensors, write_file, write_tensors
+from vaflow.files import read_tensors, read_text, write_file, write_tensors
 from vaflow.timeline import Floats
 from vaflow.train.batch import AUDIO, VISUAL, StreamSpec
 from vaflow.train.metrics import DIMENSIONS
@@ -196,7 +196,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     """
     path = folder / CALIBRATION
     try:
-        calibration = Calibration(**json.loads(path.read_text("utf-8")))
+        calibration = Calibration(**json.loads(read_text(path)))
         factors = calibration.factors
         if not (np.isfinite(factors).all() and (factors > 0).all() and isinstance(calibration.smoothing, dict)):
             raise ValueError("a factor is not a positive number")

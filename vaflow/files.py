@@ -241,6 +241,18 @@ def read_document(root: Path, path: Path) -> bytes:
     return path.read_bytes()
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of a link's target.
+
+    Raises:
+        ValueError: it is not UTF-8, or not a regular file: a named pipe or a device could be read forever.
+        OSError: it does not exist or cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    return path.read_text("utf-8")
+
+
 @contextmanager
 def lock_folder(folder: Path, command: str) -> Iterator[None]:
     """Hold the lock of `folder`, which is made if it does not exist; `command` names the work in errors.

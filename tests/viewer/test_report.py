@@ -1,6 +1,7 @@
 """Numbers of the report equal the run files and an independent bootstrap."""
 
 import json
+import os
 import re
 import shutil
 from html import unescape
@@ -14,7 +15,7 @@ from toy_runs import ccc, write_run
 from vaflow.cache import create_cache
 from vaflow.cache.schema import LABELS, StreamInfo
 from vaflow.cli import main
-from vaflow.errors import UsageError
+from vaflow.errors import CorruptError, UsageError, VaflowError
 from vaflow.viewer import find_predictions, list_runs, read_predictions, report
 from vaflow.viewer.page import write_viewer
 from vaflow.viewer.report import paired_differences, write_report
@@ -136,6 +137,25 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert "<img" not in page
     assert "<script>alert" not in page
     assert hostile in unescape(page)
+
+
+@pytest.mark.parametrize("pattern", ["config.toml", "metrics.json", "predictions/*/*.csv"])
+def test_named_pipes_in_a_run_do_not_block(tmp_path: Path, pattern: str) -> None:
+    write_run(tmp_path / "run")
+    file = next((tmp_path / "run").glob(pattern))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(VaflowError, match=r"not a regular file|are not those that its metrics\.json is about"):
+        read_run(tmp_path / "run")
+    assert len(list(list_runs(tmp_path))) == 1
+
+
+def test_a_run_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.json").open("ab") as file:
+        file.write(b"\xff")
+    with pytest.raises(CorruptError, match=r"Cannot read the run.*metrics\.json"):
+        read_run(tmp_path / "run")
 
 
 def test_the_command_writes_the_page_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from vaflow.cache.remote import url_of
 from vaflow.cache.schema import Record
 from vaflow.encoders import random_encoders
 from vaflow.errors import CacheError, CorruptError, UsageError, VaflowError, examples, explain
+from vaflow.files import read_text
 from vaflow.timeline import Bools, Floats
 from vaflow.train.folds import source_splits
 from vaflow.train.metrics import DIMENSIONS, SCORES, smoothing_text
@@ -296,7 +297,7 @@ def list_runs(root: Path) -> Iterator[RunLine]:
 def _line(root: Path, run: Path, caches: dict[str, OpenedCache | None]) -> RunLine | None:
     name = run.relative_to(root).as_posix()
     try:
-        config = tomllib.loads((run / "config.toml").read_text("utf-8"))
+        config = tomllib.loads(read_text(run / "config.toml"))
         if not isinstance(config.get("train"), dict):
             return None
         train = config["train"]
@@ -308,7 +309,7 @@ def _line(root: Path, run: Path, caches: dict[str, OpenedCache | None]) -> RunLi
         }
         if not (run / "metrics.json").is_file():
             return RunLine(name, "not finished", **common)
-        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+        metrics = json.loads(read_text(run / "metrics.json"))
         if smoothing := metrics.get("smoothing"):
             tuned = f", tuned on {smoothing['chosen_on']}" if smoothing["chosen_on"] else ""
             common["smoothing"] = f"{smoothing_text(smoothing)}{tuned}"
@@ -384,6 +385,8 @@ def cache_place(run: Path, config: Mapping[str, Any], recorded: str) -> str:
 
 def _header(path: Path) -> list[str]:
     try:
+        if path.exists() and not path.is_file():  # a named pipe would block
+            return []
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline(4096).strip().split(",")
     except OSError as error:
@@ -394,7 +397,7 @@ def _document(path: Path) -> Mapping[str, Any]:
     """A TOML or JSON file; empty without it."""
     loads = tomllib.loads if path.suffix == ".toml" else json.loads
     try:
-        return _mapping(loads(path.read_text("utf-8"))) if path.is_file() else {}
+        return _mapping(loads(read_text(path))) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CorruptError(explain(f"Cannot read {path}", got=error)) from error
 

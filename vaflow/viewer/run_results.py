@@ -18,6 +18,7 @@ import numpy as np
 from vaflow.cache import Cache
 from vaflow.encoders.prompts import REGION_NAMES
 from vaflow.errors import CorruptError, UsageError, command, explain
+from vaflow.files import read_text
 from vaflow.timeline import Bools, Floats
 from vaflow.train.metrics import DIMENSIONS, concordance_of_moments, region_of, scope, video_moments
 from vaflow.viewer import PredictedClip, PredictionSet, find_predictions, outdated_clips, read_predictions
@@ -178,7 +179,9 @@ def _check_same_frames(path: Path, metrics: Mapping[str, Any], moments: Mapping[
 
 def _text(path: Path, run: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_text(path)
+    except ValueError as error:
+        raise CorruptError(explain(f"Cannot read the run {run}", got=f"{path.name}: {error}")) from error
     except OSError as error:
         from vaflow.train.run_folder import refuse_ensemble  # imports torch
 
