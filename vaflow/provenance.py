@@ -13,7 +13,7 @@ from vaflow.cache import Cache, open_cache
 from vaflow.cache.layout import fingerprint
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip, clip_and_person
-from vaflow.errors import CacheError, MediaError, UsageError, explain
+from vaflow.errors import CacheError, MediaError, UsageError, command, explain
 from vaflow.extract.source_files import PARTS, part_of, same_part
 from vaflow.train.ensemble import maker_of, members_of
 from vaflow.train.inputs import InputStream
@@ -121,12 +121,17 @@ def find_provenance(
         where that was recorded. In a folder of several runs' predictions, each is compared with the run that made it.
 
     Raises:
-        UsageError: the folder is not a run, `item` has no prediction, or `root` is not a data set.
+        UsageError: the folder is not a run, no run that made the predictions exists, `item` has no prediction, or
+            `root` is not a data set.
         CorruptError: a file of the run is damaged.
     """
     made = read_sources(run) if predictions is None else None
     if made is not None:
-        run, predictions = Path(made.run), run
+        makers = [Path(one.run) for one in (made, *made.earlier)]
+        run, predictions = next((maker for maker in makers if maker.exists()), makers[0]), run
+        if not run.exists():
+            remedy = f"If it was moved: {command('provenance', 'RUN', '--predictions', predictions)}"
+            raise UsageError(explain(f"The run that made {predictions} does not exist", got=run, remedy=remedy))
     present = read_present(run, cache, root)
     folders = [predictions] if predictions is not None else list(prediction_folders(run))
     own = made is not None

@@ -126,10 +126,16 @@ def test_clips_that_another_run_predicted_into_a_directory_keep_their_provenance
     assert len(json.loads((out / "sources.json").read_text())["earlier"]) == 1
     find_predictions(out)
     assert "another run, or other weights, predicted x, y" in capsys.readouterr().err
+    for gone, item in ((run, "x"), (other, "a")):  # first the earlier, then the latest maker
+        gone.rename(tmp_path / "moved")
+        assert main(["provenance", str(out), item]) == 0
+        printed = capsys.readouterr().out
+        assert f"with {gone}: missing" in printed and "weights: missing since" in printed
+        (tmp_path / "moved").rename(gone)
     shutil.rmtree(run)
-    assert main(["provenance", str(out), "x"]) == 0
-    printed = capsys.readouterr().out
-    assert f"with {run}: missing" in printed and "weights: missing since" in printed
+    shutil.rmtree(other)
+    assert main(["provenance", str(out)]) == 2
+    assert f"If it was moved: vaflow provenance RUN --predictions {out}" in capsys.readouterr().err
 
 
 def test_runs_on_imported_features_cannot_predict_videos(
