@@ -18,7 +18,7 @@ import torch
 
 from vaflow.cache import Cache
 from vaflow.device import choose_device, keep_memory
-from vaflow.errors import UsageError, explain
+from vaflow.errors import UsageError, examples, explain
 from vaflow.files import lock_folder, write_file
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import Data, LoadedSplits
@@ -369,6 +369,7 @@ def train_repeats(
     RunFolder(out).refuse()
     scores: dict[str, Mapping[str, float | None]] = {}
     failures: dict[str, Exception] = {}
+    warnings: dict[str, list[str]] = {}  # -> names of the runs
     resolved = [(name, resolve(cache, config)[0]) for name, config in runs.items()]
     trainer = Trainer(cache, together=together, allow_missing=allow_missing, fresh=fresh, on_choice=on_choice)
     results = out / "repeats.json"
@@ -383,6 +384,8 @@ def train_repeats(
                     failures[name] = result
                     continue
                 scores[name] = {key: result.metrics["ccc"][key] for key in SCORES}
+                for warning in result.metrics["warnings"]:
+                    warnings.setdefault(warning, []).append(name)
                 if on_run is not None:
                     on_run(name, scores[name]["mean"])
         repeats = Repeats({name: scores[name] for name in runs if name in scores}, failures)
@@ -390,4 +393,6 @@ def train_repeats(
             write_file(results, json.dumps(repeats.document(), indent=1) + "\n")
         elif earlier:  # the results of an earlier command stay
             write_file(results, earlier)
+    for warning, names in warnings.items():  # `one_thread` has dropped those of the runs
+        log.warning("%s: %s", examples(names), warning)
     return repeats

@@ -71,6 +71,13 @@ def test_every_fold_and_seed_writes_the_files_of_a_single_run(cache, tmp_path, c
     assert "fold2-seed1" in capsys.readouterr().out
 
 
+def test_warnings_of_the_runs_are_printed(tmp_path, capsys):
+    cache = make_cache(tmp_path / "cache", Toy(splits={"train": 1, "val": 1}, seconds=(4, 5), targets=(0,)))
+    command = ["train", str(cache.path), *SETTINGS, "--epochs", "1", "--seeds", "2", "--out", str(tmp_path / "out")]
+    assert main([*command, "--together", "always"]) == 0
+    assert "seed0, seed1: arousal is not labelled in this split" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
