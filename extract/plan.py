@@ -102,7 +102,10 @@ def make_plan(
     tasks = {}
     for clip in mine:
         everyone = faces.get("person") == ALL and is_divided(clip, faces["source"])
-        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()), everyone, people.get(clip.id, 0))
+        number, first = people.get(clip.id, 0), person_item(clip.id, 1)
+        if everyone and first in stamps.get(LABELS, ()):  # the last person may have been removed from every stream
+            number = max(number, int(cache.meta(first).get("persons", 0)))
+        task = _task(cache, infos, stamps, clip, rehash, misread.get(clip.id, ()), everyone, number)
         if task.streams:
             tasks[clip.id] = task
     seconds = lengths([task.clip for task in tasks.values()])

@@ -10,15 +10,16 @@ import torch
 from composites import in_a_row, one_after_another, write
 
 from vaflow.cache import Cache, open_cache
+from vaflow.cache.maintenance import drop_clips
 from vaflow.cli import main
 from vaflow.datasets import open_dataset
 from vaflow.datasets.clip import Clip, clip_and_person
 from vaflow.encoders import build_encoder
 from vaflow.encoders.base import AudioEncoder, VisualEncoder
 from vaflow.errors import FingerprintError, UsageError
-from vaflow.extract.config import ExtractConfig
+from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.pipeline import extract, extract_with
-from vaflow.extract.plan import Summary, absent_clips, check_items, is_divided
+from vaflow.extract.plan import Summary, absent_clips, check_items, is_divided, make_plan
 from vaflow.files import read_failures
 from vaflow.predict import items_of
 
@@ -112,6 +113,17 @@ def test_an_interrupted_clip_is_extracted_again_without_leftover_people(
     after = open_cache(tmp_path / "cache")
     assert after.items() == ["empty#1", "pair#1"]
     assert not after.has("clip-tiny", "pair#2")
+
+
+def test_a_person_removed_from_every_stream_is_extracted_again(
+    extracted: tuple[Path, Summary], data: Path, tmp_path: Path
+) -> None:
+    """As by a repair of damage in every stream."""
+    cache = open_cache(shutil.copytree(extracted[0], tmp_path / "cache"), writable=True)
+    drop_clips(cache, ["pair#2"])
+    infos = {name: info for name, info in cache.streams().items() if info.kind != "text"}
+    (task,) = make_plan(cache, infos, open_dataset(data).clips, Shard()).tasks
+    assert (task.clip.id, task.people, set(task.streams)) == ("pair", 2, set(infos))
 
 
 def test_a_clip_whose_crops_arrive_replaces_its_people(
