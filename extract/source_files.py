@@ -169,6 +169,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
+        MediaError: it is not a regular file.
     """
     return file_status(path) | {"blake2b": content_digest(path)}
 
@@ -185,7 +186,14 @@ def file_status(path: Path) -> dict[str, Any]:
 
 
 def content_digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes, in hexadecimal."""
+    """BLAKE2b of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+        MediaError: it is not a regular file: a named pipe or a device could be read forever.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise MediaError(explain(f"{path} cannot be read", expected="a regular file"))
     digest = blake2b(digest_size=DIGEST_BYTES)
     with Path(path).open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,6 +1,7 @@
 """Source files that change during reading, or with equal size and time."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ def test_labels_edited_during_extraction_fail_the_clip(clip: Clip, monkeypatch: 
     assert isinstance(last, Failed)
     assert "labels" in last.message
     assert "changed while" in last.message
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_labels_that_never_end_fail_the_clip(clip: Clip, make: Callable[[Path], None]) -> None:
+    assert clip.labels is not None
+    clip.labels.unlink()
+    make(clip.labels)
+    last = messages(clip)[-1]
+    assert isinstance(last, Failed)
+    assert "regular file" in last.message
 
 
 def test_a_video_replaced_during_extraction_fails_the_clip(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
