@@ -365,7 +365,8 @@ def check_sources(cache: Cache, streams: Sequence[InputStream]) -> None:
         if differences:
             problem = f"The {source} in {cache.place} are not the inputs that {stream.name} was encoded from"
             expected = "the same samples, faces and precision"
-            remedy = f"Extract both into a new cache: {command} NEW_CACHE"
+            again = command("extract", "ROOT", *names, "--pixels", "--out", "NEW_CACHE")
+            remedy = f"Extract both into a new cache: {again}"
             raise UsageError(explain(problem, expected=expected, got="; ".join(differences), remedy=remedy))
 
 
