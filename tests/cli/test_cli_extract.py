@@ -255,11 +255,14 @@ for arguments in json.loads(sys.argv[1]):
 def test_arguments_are_validated_before_torch_is_imported(one_clip: Path) -> None:
     base = ["extract", str(one_clip), "--out", str(one_clip.parent / "c")]
     commands = [[*base, *(argument.format(one=one_clip) for argument in arguments)] for arguments in EARLY_ERRORS]
+    missing = ["no-cache", "--out", str(one_clip.parent / "run")]
+    training = (["train", *missing], ["ablate", *missing], ["search", *missing, "--space", "space.toml"])
+    commands += training
     program = [sys.executable, "-c", ONE_INTERPRETER, json.dumps(commands)]
     done = subprocess.run(program, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = {" ".join(arguments): [2, False] for arguments in EARLY_ERRORS}
+    expected = {" ".join(arguments): [2, False] for arguments in (*EARLY_ERRORS, *training)}
     assert dict(zip(expected, results, strict=True)) == expected, done.stderr
 
 

@@ -67,13 +67,13 @@ def ablate(
     from vaflow.settings import parse_pairs
     from vaflow.train.config import TrainConfig
 
+    opened = open_cache(cache)
     with loading(output):
         from vaflow.train.ablate import run_study
         from vaflow.train.ablate.results import ENCODERS, encoder_study
         from vaflow.train.ablate.tables import Options, load_study
 
     options = Options(seeds, parse_pairs(TrainConfig, settings or []), alias_pairs(aliases or []), allow_missing)
-    opened = open_cache(cache)
     compared = ENCODERS in (tables or [])
     if compared and (grid is not None or len(tables or []) > 1):
         raise UsageError(explain("--table encoders cannot be combined", expected="no other --table and no --grid"))
@@ -257,6 +257,7 @@ def search(
     check_engine(engine, ray_address)
     from vaflow.cache import open_cache
 
+    opened = open_cache(cache)
     with loading(output):
         from vaflow.train.search import run_nested_search, run_search
         from vaflow.train.search_space import SearchOptions, read_space
@@ -265,7 +266,7 @@ def search(
     if outer_folds and (train, holdout) != (SearchOptions.train, SearchOptions.holdout):
         raise UsageError(explain("--outer-folds divides all clips", expected="no --train and no --holdout"))
 
-    arguments = (open_cache(cache), read_space(space), trials, out, options)
+    arguments = (opened, read_space(space), trials, out, options)
     shown: dict[str, Any] = {
         "engine": engine,
         "ray_address": ray_address,

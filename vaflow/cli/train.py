@@ -116,25 +116,18 @@ def train(
     check_directory(out)
     from vaflow.cache import open_cache
 
+    opened = open_cache(cache)
     with loading(output):
         from vaflow.train.repeats import repeats_of
         from vaflow.train.train_run import train_run
 
+    given: dict[str, Any] = {"allow_missing": allow_missing, "fresh": fresh}
     if seeds is not None or all_folds:
         if weights:
             raise UsageError(explain("--seeds and --all-folds exclude --weights"))
         runs = repeats_of(merged, 1 if seeds is None else seeds, all_folds)
-        options = {"together": together, "allow_missing": allow_missing, "fresh": fresh}
-        return _train_repeats(open_cache(cache), runs, out, options, output)
-    result = train_run(
-        open_cache(cache),
-        merged,
-        out,
-        weights=weight_pairs(weights or []),
-        allow_missing=allow_missing,
-        fresh=fresh,
-        show=output.bars,
-    )
+        return _train_repeats(opened, runs, out, {"together": together, **given}, output)
+    result = train_run(opened, merged, out, weights=weight_pairs(weights or []), show=output.bars, **given)
     if os.environ.get("RANK", "0") != "0":  # of several processes that torchrun started, one prints
         return 0
     output.result(lambda: result.metrics, lambda: training_summary(result, out))
