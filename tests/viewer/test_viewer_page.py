@@ -36,7 +36,7 @@ def settle(page: Any) -> None:
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-@pytest.mark.parametrize("clip", ["constant", "variable"])
+@pytest.mark.parametrize("clip", [pytest.param("constant", marks=pytest.mark.slow), "variable"])
 def test_the_cursor_is_at_the_shown_frame_after_random_seeks(open_page: OpenPage, page_file: Path, clip: str) -> None:
     page = open_page(page_file, f"#clip={clip}")
     ready(page, clip)
