@@ -19,7 +19,7 @@ def test_extraction_resumes_after_random_kills(lab: Lab, media: Path, whole: Pat
     assert_clean(lab, extraction(media, whole), tmp_path, seed=1)
 
 
-@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+@pytest.mark.parametrize("store", ["zarr", pytest.param("hdf5", marks=pytest.mark.slow)])
 def test_conversion_resumes_after_random_kills(lab: Lab, toys: Path, tmp_path: Path, store: str) -> None:
     assert_clean(lab, conversion(toys, store), tmp_path, seed=2)
 

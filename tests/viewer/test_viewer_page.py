@@ -52,7 +52,7 @@ def test_the_cursor_is_at_the_shown_frame_after_random_seeks(open_page: OpenPage
     assert sum(off) <= 1
 
 
-@pytest.mark.parametrize("clip", ["constant", "variable"])
+@pytest.mark.parametrize("clip", [pytest.param("constant", marks=pytest.mark.slow), "variable"])
 def test_the_cursor_follows_the_frames_while_the_clip_plays(open_page: OpenPage, page_file: Path, clip: str) -> None:
     page = open_page(page_file, f"#clip={clip}")
     ready(page, clip)
