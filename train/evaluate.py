@@ -154,10 +154,10 @@ def data_warnings(
     common = [text for text in next(iter(each.values())) if all(text in texts for texts in each.values())]
     own = [f"{run}: {text}" for run, texts in each.items() for text in texts if text not in common]
     streams = sorted({stream.name for record in runs.values() for stream in record.streams})
-    return outdated_clips(cache, streams, split, items) + common + own
+    return outdated_warnings(cache, streams, split, items) + common + own
 
 
-def outdated_clips(cache: Cache, streams: Iterable[str], split: str, items: Collection[str]) -> list[str]:
+def outdated_warnings(cache: Cache, streams: Iterable[str], split: str, items: Collection[str]) -> list[str]:
     """Warnings about clips of which a cache holds earlier data.
 
     They failed when they were extracted last, or were extracted again with their new labels, but not for all `streams`.

@@ -30,8 +30,10 @@ LOGMEL_INTERVAL = 0.01  # seconds between filter-bank frames, and between values
 _PEOPLE = tuple(f"picture.faces.{name}" for name in ("tracker", "person", "choices", "people"))
 # Fields that can differ between the training cache and one to predict: they move samples, change low bits, or state
 # which face is read. Older caches also have the version of transformers.
-_LENIENT = ("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision")
-_LENIENT += ("settings.transformers_version",)
+_LENIENT = (
+    *("sampling", "decoder", "picture.decoder", "picture.faces.runtime", *_PEOPLE, "precision"),
+    "settings.transformers_version",
+)
 SLOW_FRAMES, SLOW_STRIDE = 20, 6  # rows of a window, and between two windows, of features slower than the default
 GOOD_SIZE = 48.0  # pixels of the frame
 GOOD_SHARPNESS = 8.0  # gray levels

@@ -15,7 +15,7 @@ from vaflow.errors import UsageError, explain
 from vaflow.files import lock_folder
 from vaflow.train.config import AUTO, TrainConfig
 from vaflow.train.data import Data, check_has_clips, load_data
-from vaflow.train.evaluate import outdated_clips
+from vaflow.train.evaluate import outdated_warnings
 from vaflow.train.folds import absolute_groups, split_items
 from vaflow.train.inputs import resolve
 from vaflow.train.run_folder import RunFolder
@@ -192,6 +192,6 @@ def _checked_clips(session: Session, old: RunRecord | None) -> dict[str, dict[st
         if not config.shared_sources and config.train_split != config.val_split:
             check_splits_apart(splits[config.train_split], splits[config.val_split])
         for split, clips in splits.items():
-            for warning in (*shared_recordings(split, clips), *outdated_clips(cache, known, split, clips)):
+            for warning in (*shared_recordings(split, clips), *outdated_warnings(cache, known, split, clips)):
                 log.warning("%s", warning)
     return splits

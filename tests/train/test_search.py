@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from synthetic_cache import Toy, make_cache
 
-from vaflow.cache import open_cache
+from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.errors import CorruptError, UsageError
 from vaflow.train.config import TrainConfig, read_settings
@@ -63,6 +63,16 @@ def searched(command: list[str], cache: Path) -> Path:
     out = cache.parent / "out"
     assert main([*command, "--trials", "5", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def continued(searched: Path, cache: Path, command: list[str], tmp_path: Path) -> tuple[list[str], Path, Cache]:
+    """The command that continues a copy of the search on a copy of the cache; the copies."""
+    out, changed = tmp_path / "out", tmp_path / "cache"
+    shutil.copytree(searched, out)
+    shutil.copytree(cache, changed)
+    arguments = [str(changed) if argument == str(cache) else argument for argument in command]
+    return [*arguments, "--trials", "1", "--out", str(out)], out, open_cache(changed, writable=True)
 
 
 def space_of(tmp_path: Path, text: str) -> Space:
@@ -250,29 +260,22 @@ def test_another_search_in_the_directory_is_rejected(searched, command, tmp_path
     assert "Got: other options" in capsys.readouterr().err
 
 
-def test_trials_on_other_clips_are_not_continued(searched, cache, tmp_path, command, capsys):
-    out, changed = tmp_path / "search", tmp_path / "changed"
-    shutil.copytree(searched, out)
-    shutil.copytree(cache, changed)
-    command = [str(changed) if argument == str(cache) else argument for argument in command]
-    assert main([*command, "--trials", "1", "--out", str(out)]) == 0
-    assert main(["cache", "drop", str(changed), open_cache(cache).items(split="train")[0], "-q"]) == 0
+def test_trials_on_other_clips_are_not_continued(continued, capsys):
+    command, _, cache = continued
+    assert main(command) == 0
+    assert main(["cache", "drop", str(cache.path), cache.items(split="train")[0], "-q"]) == 0
     capsys.readouterr()
-    assert main([*command, "--trials", "1", "--out", str(out)]) == 2
+    assert main(command) == 2
     assert "started differently. Got: other clips." in capsys.readouterr().err
 
 
-def test_trials_on_other_prompts_are_not_continued(searched, cache, tmp_path, command, capsys):
-    out, changed = tmp_path / "out", tmp_path / "cache"
-    shutil.copytree(searched, out)
-    shutil.copytree(cache, changed)
-    opened = open_cache(changed, writable=True)
-    arrays = dict(opened.read("toy-eyes.text", "default").arrays)
-    opened.write("toy-eyes.text", "more", arrays)  # no trial uses it
-    command = [str(changed) if argument == str(cache) else argument for argument in command]
-    assert main([*command, "--trials", "1", "--out", str(out), "-q"]) == 0
-    opened.write("toy-eyes.text", "default", arrays, source={"prompts": {"templates": ["{}"]}})
-    assert main([*command, "--trials", "1", "--out", str(out)]) == 2
+def test_trials_on_other_prompts_are_not_continued(continued, capsys):
+    command, _, cache = continued
+    arrays = dict(cache.read("toy-eyes.text", "default").arrays)
+    cache.write("toy-eyes.text", "more", arrays)  # no trial uses it
+    assert main([*command, "-q"]) == 0
+    cache.write("toy-eyes.text", "default", arrays, source={"prompts": {"templates": ["{}"]}})
+    assert main(command) == 2
     assert "started differently. Got: other prompts." in capsys.readouterr().err
 
 
@@ -291,16 +294,12 @@ def test_a_held_out_split_of_recordings_that_trials_see_is_rejected(command, cac
     assert "--holdout rest1of2 holds clips of the split that is searched (train)" in capsys.readouterr().err
 
 
-def test_warnings_about_the_held_out_split_are_printed(searched, command, cache, tmp_path, capsys):
-    out, changed = tmp_path / "out", tmp_path / "cache"
-    shutil.copytree(searched, out)
-    shutil.copytree(cache, changed)
-    opened = open_cache(changed, writable=True)
-    for item in opened.items(split="val"):
-        labels = opened.read("labels", item)
-        opened.write("labels", item, {**labels.arrays, "valid": labels.valid & [True, False]}, meta=dict(labels.meta))
-    arguments = [str(changed) if argument == str(cache) else argument for argument in command]
-    assert main([*arguments, "--trials", "1", "--out", str(out)]) == 0
+def test_warnings_about_the_held_out_split_are_printed(continued, capsys):
+    command, out, cache = continued
+    for item in cache.items(split="val"):
+        labels = cache.read("labels", item)
+        cache.write("labels", item, {**labels.arrays, "valid": labels.valid & [True, False]}, meta=dict(labels.meta))
+    assert main(command) == 0
     printed = capsys.readouterr()
     assert "warning: arousal is not labelled in this split" in printed.err and "CCC arousal" not in printed.out
     assert "arousal is not labelled in this split" in (out / "search.html").read_text()

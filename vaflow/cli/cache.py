@@ -169,7 +169,6 @@ def drop(
     """
     from vaflow.cache import open_cache
     from vaflow.cache.maintenance import drop_clips
-    from vaflow.extract.plan import clips_to_drop
 
     if bool(items) == (absent is not None):
         got = "both" if items else "neither"
@@ -178,6 +177,7 @@ def drop(
     clips = list(items or [])
     if absent is not None:
         from vaflow.datasets import open_dataset
+        from vaflow.extract.plan import clips_to_drop
 
         clips = clips_to_drop(opened, {clip.id for clip in open_dataset(absent, layout).clips}, str(absent))
     dropped = drop_clips(opened, clips, dry_run=dry_run)
