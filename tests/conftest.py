@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not whole or config.option.basetemp or "TMPDIR" in os.environ or not MEMORY.is_dir():
         return
     if shutil.disk_usage(MEMORY).free > MEMORY_NEEDED and _available_memory() > MEMORY_NEEDED + PROCESSES_NEED:
-        os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="vaflow-", dir=MEMORY)
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="vaflow-", dir=MEMORY)  # pytest has read it
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("TMPDIR"), ignore_errors=True))
 
 
