@@ -10,9 +10,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 import vaflow.process
 
@@ -38,39 +39,50 @@ DRAWING = (
     "test_uncertainty_pages.py",
 )  # files whose tests look at figures
 
-# The files that take longest, longest first: a process that starts one of them last would finish alone.
-SLOWEST = (
+# Folders whose tests run commands in processes that the fixture `lab` forks, and such files of other folders.
+FORKING = ("faults", "finetune", "attacks")
+FORKING_FILES = (
     "test_ray_cluster.py",
-    "test_together.py",
-    "test_docs.py",
-    "test_ablate_study.py",
-    "test_faults_disk.py",
-    "test_finetune_run.py",
-    "test_faults_kill.py",
-    "test_finetune_step.py",
-    "test_demo_run.py",
-    "test_faults_signals.py",
-    "test_environments.py",
-    "test_device_rehearsal.py",
-    "test_pipeline.py",
-    "test_page_quality.py",
-    "test_cache_people.py",
-    "test_cli_extract.py",
-    "test_run_data.py",
-    "test_alignment.py",
-    "test_item_timeout.py",
-    "test_view_media.py",
-    "test_rating.py",
-    "test_histories.py",
-    "test_faults_system.py",
-    "test_detection_torch.py",
-    "test_huggingface.py",
-    "test_search.py",
-    "test_estimate.py",
-    "test_any_encoder_cli.py",
-    "test_viewer_page.py",
-    "test_site.py",
+    "test_cli_environment.py",
+    "test_cli_file_names.py",
+    "test_ray_team.py",
+    "test_nvdec.py",
 )
+COMMANDS = "commands"
+LONGEST = "test_ray_cluster.py"
+
+# Parts of the suite, those that take longest first: a process that starts one of them last would finish alone.
+PARTS = (
+    COMMANDS,
+    "extract",
+    "train",
+    "viewer",
+    "encoders",
+    "tests",
+    "cli",
+    "cache",
+    "faces",
+    "demo",
+    "fuzz",
+    "datasets",
+)
+
+
+def part_of(path: Path) -> str:
+    """The part of the suite that a test file belongs to: its folder, or `COMMANDS`."""
+    return COMMANDS if path.parent.name in FORKING or path.name in FORKING_FILES else path.parent.name
+
+
+class OneProcessPerPart(LoadScopeScheduling):
+    """Run each part in one process, so that what its tests share (caches, clips, a browser, imports) is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return part_of(Path(nodeid.partition("::")[0]))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessPerPart:
+    """Replace the scheduler of xdist."""
+    return OneProcessPerPart(config, log)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -112,10 +124,9 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the files of `SLOWEST` to the front, and those of this folder, most of which are short, to the end."""
-    rank = {name: place for place, name in enumerate(SLOWEST)}
-    last = len(rank) + 1
-    items.sort(key=lambda item: rank.get(item.path.name, last if item.path.parent == HERE else last - 1))
+    """Sort the tests by part, the longest part first, and in it the longest file."""
+    rank = {part: place for place, part in enumerate(PARTS)}
+    items.sort(key=lambda item: (rank.get(part_of(item.path), len(rank)), item.path.name != LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -148,10 +159,15 @@ def blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def default_log_level() -> Iterator[None]:
     """Undo the log level that a command has set, in this process or in a fixture: `caplog` depends on it."""
-    logger = logging.getLogger("vaflow")
-    logger.setLevel(logging.NOTSET)
+    _unset_log_level()
     yield
-    logger.setLevel(logging.NOTSET)
+    _unset_log_level()
+
+
+def _unset_log_level() -> None:
+    logger = logging.getLogger("vaflow")
+    if logger.level != logging.NOTSET:  # setting it empties the caches of all loggers: a second in the whole suite
+        logger.setLevel(logging.NOTSET)
 
 
 HERE = Path(__file__).parent

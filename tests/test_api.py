@@ -50,7 +50,7 @@ def run(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> vaflow.Run:
             file.write(("name,split\n" if split == "train" else "") + f"{name},{split}\n")
     cache = str(folder / "cache")
     summary = vaflow.extract(
-        str(root), cache, visual=["clip-tiny"], audio=["ast-tiny"], window=2.0, stride=1.0, frames=4
+        str(root), cache, visual=["clip-tiny"], audio=["vggish-tiny"], window=2.0, stride=1.0, frames=4
     )
     assert summary.extracted == 2
     return vaflow.train(cache, str(folder / "run"), epochs=1, hidden=16, device="cpu")
@@ -107,7 +107,7 @@ def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
 def test_settings_have_the_types_of_the_command(run: vaflow.Run) -> None:
     root, cache = run.path.parent / "videos", run.path.parent / "cache"
     same: dict[str, Any] = {"window": 2, "stride": "1", "frames": 4.0, "weights": None}
-    assert vaflow.extract(root, cache, visual="clip-tiny", audio=("ast-tiny",), **same).done == 2
+    assert vaflow.extract(root, cache, visual="clip-tiny", audio=("vggish-tiny",), **same).done == 2
     with pytest.raises(UsageError, match=r"--visual must be .*got None"):
         vaflow.extract(root, cache, visual=None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"--frames must be .*got 4\.5"):

@@ -19,23 +19,27 @@ from typing import Any
 
 import pytest
 from ablation_toys import toy_study
-from lab import TINY, Ended, Lab, until
+from lab import Ended, Lab, until
 from make_media import AudioTrack, VideoTrack, tones, write_media
 from synthetic_cache import Toy, make_cache
-from tiny_extraction import STREAMS, WHOLE, assert_same_arrays
+from tiny_extraction import assert_same_arrays
 from two_nodes import two_nodes
 
 from vaflow.cache import Cache, open_cache
 from vaflow.cli import main
 from vaflow.datasets import Dataset, open_dataset
 from vaflow.errors import UsageError
+from vaflow.extract.config import ExtractConfig
 from vaflow.extract.pipeline import extract
 from vaflow.train.ablate.pool import Outcome, run_all
 from vaflow.train.ablate.tables import Options, ScheduledRun, make_schedule
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
-CONFIG = replace(WHOLE, workers=1)
+# Encoders that need no further library: each actor imports again, and CLIP and AST would take as long as torch.
+CONFIG = ExtractConfig(visual=("resnet-tiny",), audio=("vggish-tiny",), device="cpu", workers=1, face_source="none")
+STREAMS = ["labels", "logmel", "resnet-tiny", "vggish-tiny"]
+LIGHT = ["--visual", "resnet-tiny", "--audio", "vggish-tiny", "--device", "cpu", "--faces", "none"]
 CLIPS = 10
 
 
@@ -95,8 +99,8 @@ def test_two_nodes_give_the_results_of_one_process(
     summary = extract(ten_clips, out, CONFIG, store="hdf5", engine="ray", ray_address=address)
     assert (summary.extracted, summary.done, failed(out)) == (CLIPS, 0, ["broken"])
     assert_same_arrays(extracted_here, open_cache(out), STREAMS)
-    faces = sum(int(open_cache(out).read("clip-tiny", item).valid.sum()) for item in open_cache(out).items())
-    assert summary.encoded["clip-tiny"] == faces, "rows of all nodes, each once"
+    faces = sum(int(open_cache(out).read("resnet-tiny", item).valid.sum()) for item in open_cache(out).items())
+    assert summary.encoded["resnet-tiny"] == faces, "rows of all nodes, each once"
 
     again = extract(ten_clips, out, CONFIG, store="hdf5", engine="ray", ray_address=address)
     assert (again.extracted, again.done) == (0, CLIPS)
@@ -185,7 +189,7 @@ def interrupted(lab: Lab, clips: Path, tmp_path_factory: pytest.TempPathFactory)
     environment = f"import os; os.environ.pop('RAY_ADDRESS', None); os.environ['VAFLOW_TEST_MARK'] = {mark!r}; "
     environment += "os.environ['RAY_prestart_worker_first_driver'] = os.environ['RAY_enable_worker_prestart'] = '0'"
     ray_options = ["--engine", "ray", "--ray-address", "local", "--quiet", "--workers", "1"]
-    process = lab.start(["extract", data, "--out", out, *TINY, *ray_options], environment)
+    process = lab.start(["extract", data, "--out", out, *LIGHT, *ray_options], environment)
     until(process, lambda: len(list(out.glob("records/labels/*.json"))) >= 2)
     addresses = listening([process.pid, *marked(mark)])
     process.send(signal.SIGINT, group=True)

@@ -16,7 +16,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.extract import plan
 
-TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny", "--device", "cpu"]
+TINY = ["--visual", "clip-tiny", "--audio", "vggish-tiny", "--device", "cpu"]
 
 
 def failures(out: Path) -> dict[str, dict[str, str]]:
@@ -281,7 +281,7 @@ def test_an_audio_file_is_a_clip_without_faces(tmp_path: Path) -> None:
     cache = open_cache(out)
     assert cache.items() == ["talk"]
     assert not cache.read("clip-tiny", "talk").valid.any()
-    assert cache.read("ast-tiny", "talk").valid.sum() >= 6  # of 20 steps in 10 s
+    assert cache.read("vggish-tiny", "talk").valid.sum() >= 6  # of 20 steps in 10 s
     assert cache.read("labels", "talk").time.tolist() == [0.0, 1.5, 2.5]
     assert main(["cache", "verify", str(out)]) == 0
 

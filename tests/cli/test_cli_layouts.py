@@ -27,7 +27,7 @@ def test_from_files_to_a_run(layout: str, tmp_path: Path, capsys: pytest.Capture
     if layout == "afew-va":  # images without audio; splits come from a user list
         (root / "splits.csv").write_text("name,split\n001,train\n02/051,val\n")
     assert main(["check", str(root)]) == 0
-    audio_options = [] if layout == "afew-va" else ["--audio", "ast-tiny", "--audio-steps", "8"]
+    audio_options = [] if layout == "afew-va" else ["--audio", "vggish-tiny", "--audio-steps", "8"]
     encoders = ["--visual", "clip-tiny", *(audio_options or ["--audio", "none"]), "--faces", "none", *SMALL]
     assert main(["extract", str(root), "--out", str(cache), *encoders]) == 0
     assert open_cache(cache).items() == sorted(tree)

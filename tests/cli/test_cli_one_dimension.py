@@ -25,7 +25,7 @@ def test_predict_marks_untrained_dimensions(
     rows = [",".join([str(k), *(f"{k % 40 / 80:.3f}" for _ in names)]) for k in range(105)]
     (data / "obama.csv").write_text("\n".join([",".join(["frame", *names]), *rows]) + "\n")
     (data / "splits.csv").write_text("name,split\nobama,train\n")
-    tiny = ["--visual", "none", "--audio", "ast-tiny"]
+    tiny = ["--visual", "none", "--audio", "vggish-tiny"]
     assert main(["extract", str(data), "--out", str(cache), *tiny, *GRID, "-q"]) == 0
     assert main(["train", str(cache), "--out", str(run), *SMALL, "-q"]) == 0
     counts = require_record(run).data["train"]

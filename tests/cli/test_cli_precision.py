@@ -11,7 +11,7 @@ from vaflow.cache import open_cache
 from vaflow.cli import main
 from vaflow.predict import PredictConfig, extraction_settings
 
-TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
+TINY = ["--visual", "clip-tiny", "--audio", "vggish-tiny"]
 GRID = ["--window", "4", "--stride", "2", "--frames", "4", "--audio-steps", "4", "--workers", "1", "--device", "cpu"]
 SMALL = ["--set", "hidden=8", "--batch-size", "2", "--epochs", "1", "--set", "val_split=train", "--device", "cpu"]
 LEVELS = ("low", "middle", "high")

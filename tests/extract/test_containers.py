@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache") / "cache"
-    encoders = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
+    encoders = ["--visual", "clip-tiny", "--audio", "vggish-tiny"]
     assert main(["extract", str(root), "--out", str(cache), *encoders, *SMALL]) == 0
     return cache
 
@@ -63,7 +63,7 @@ def test_every_container_is_extracted_completely(cache: Path) -> None:
 def test_audio_only_clips_have_no_valid_frame(cache: Path) -> None:
     opened = open_cache(cache)
     for item in AUDIO:
-        assert opened.read("ast-tiny", item).valid.any() and opened.read("labels", item).valid.any()
+        assert opened.read("vggish-tiny", item).valid.any() and opened.read("labels", item).valid.any()
         assert not opened.read("clip-tiny", item).valid.any()
 
 

@@ -15,7 +15,7 @@ from vaflow.extract.config import ExtractConfig, Shard
 from vaflow.extract.estimate import estimate
 from vaflow.extract.pipeline import extract
 
-CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1)
+CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("vggish-tiny",), device="cpu", workers=1)
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,15 @@ from vaflow.extract.plan import Summary, absent_clips, check_items, is_divided, 
 from vaflow.files import read_failures
 from vaflow.predict import items_of
 
-CONFIG = ExtractConfig(visual=("clip-tiny",), audio=("ast-tiny",), device="cpu", workers=1, person="all", pixels=True)
+CONFIG = ExtractConfig(
+    visual=("clip-tiny",), audio=("vggish-tiny",), device="cpu", workers=1, person="all", pixels=True
+)
 SECONDS = 4
 
 
 @pytest.fixture(scope="module")
 def tiny_ast() -> object:
-    return build_encoder("ast-tiny")
+    return build_encoder("vggish-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_every_person_is_an_item_of_the_clips_group(cache: Cache) -> None:
 
 
 def test_the_audio_is_encoded_once(cache: Cache, extracted: tuple[Path, Summary]) -> None:
-    one, other = (cache.read("ast-tiny", f"pair#{k}") for k in (1, 2))
+    one, other = (cache.read("vggish-tiny", f"pair#{k}") for k in (1, 2))
     np.testing.assert_array_equal(one.embedding, other.embedding)
     assert extracted[1].extracted == 2, "clips, not people"
     assert extracted[1].several_people == 1

@@ -21,7 +21,7 @@ from vaflow.predict import Predicted, PredictSummary
 from vaflow.viewer import find_predictions
 
 SMALL = ["--set", "hidden=8", "--lr", "1e-2", "--batch-size", "8", "--epochs", "1", "--device", "cpu", "-q"]
-TINY = ["--visual", "clip-tiny", "--audio", "ast-tiny"]
+TINY = ["--visual", "clip-tiny", "--audio", "vggish-tiny"]
 
 
 def table_of(path: Path) -> list[dict[str, str]]:

@@ -61,10 +61,11 @@ def test_axe_finds_no_violation(open_page: OpenPage, pages: dict[str, Path], nam
         page.click("[data-rating=on]")
     page.wait_for_timeout(500)
     page.evaluate(Path(axe).read_text("utf-8"))
-    result = page.evaluate("axe.run()")
+    rules = "" if scheme == "light" else ", runOnly: ['color-contrast']"  # nothing else depends on colours
+    result = page.evaluate(f"axe.run({{ resultTypes: ['violations']{rules} }})")
     violations = [(v["id"], v["impact"], [node["html"][:120] for node in v["nodes"][:3]]) for v in result["violations"]]
     assert not violations
-    assert len(result["passes"]) > 10
+    assert len(result["passes"]) > (10 if scheme == "light" else 0)
 
 
 @pytest.mark.parametrize("name", ["viewer", "report", "check", "ablation"])
