@@ -18,8 +18,9 @@ def two_nodes(cpus: int) -> Iterator[object]:
         ray = import_ray()  # quiet
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
-        cluster.add_node(num_cpus=cpus)
+        bare = {"num_cpus": cpus, "include_log_monitor": False}  # fewer processes that import
+        cluster = Cluster(initialize_head=True, head_node_args=bare | {"include_dashboard": False, "no_monitor": True})
+        cluster.add_node(**bare)
         yield cluster
         ray.shutdown()
         cluster.shutdown()
